@@ -1,0 +1,80 @@
+"""Own the functions that Python calls (with `scan.scan` and `invariants.check`): few, because each is compiled whole."""
+
+from __future__ import annotations
+
+from pagefold.core import layout
+from pagefold.core.compiler import entry
+from pagefold.core.events import apply_event
+from pagefold.core.frames import map_page, take_frame
+from pagefold.core.layout import Records, World
+from pagefold.core.memory import own_page
+from pagefold.core.space import find_vma, pte_of, wished_node
+from pagefold.core.unmerge import remove_all_stable_nodes, take_offline, unmerge_and_remove_all_rmap_items
+
+UNMERGE_ALL = 1
+REMOVE_ALL_STABLE_NODES = 2
+TAKE_OFFLINE = 3  # node
+
+
+@entry
+def execute(world: World, code: int, a: int, b: int, c: int, d: int) -> int:
+    """Apply one event of `events.py`; return what it made or a status."""
+    return apply_event(world, code, a, b, c, d)
+
+
+@entry
+def control(world: World, code: int, nid: int) -> int:
+    """Do one of the merger's own big changes (the constants above); a status."""
+    if code == UNMERGE_ALL:
+        return unmerge_and_remove_all_rmap_items(world)
+    if code == REMOVE_ALL_STABLE_NODES:
+        return remove_all_stable_nodes(world)
+    return take_offline(world, nid)
+
+
+@entry
+def load(world: World, mm: int, vpn: int, contents: Records, nids: Records) -> int:
+    """Fill neighbouring pages from `vpn`, one area, with given contents on given nodes (-1: the area's wish).
+
+    Absent pages get a fresh frame; others are written. Return how many were filled, or a status if the first could not be.
+    """
+    vma = find_vma(world, mm, vpn)
+    if vma == 0 or vpn + len(contents) > world.vmas[vma]["end"]:
+        return layout.NO_AREA
+    for index in range(len(contents)):
+        pte = pte_of(world, vma, vpn + index)
+        if world.ptes[pte]["flags"] == 0:
+            pfn = take_frame(world, wished_node(world, vma) if nids[index] < 0 else nids[index])
+            if pfn:
+                map_page(world, pte, pfn, layout.PTE_PRESENT | layout.PTE_WRITABLE)
+        elif own_page(world, vma, pte) < 0:
+            pfn = 0
+        else:
+            pfn = world.ptes[pte]["pfn"]
+        if pfn == 0:
+            return index if index else layout.NO_MEMORY
+        world.contents[pfn]["hi"] = contents[index]["hi"]
+        world.contents[pfn]["lo"] = contents[index]["lo"]
+        if world.ctl[0]["shadow_on"]:
+            world.shadow[pte]["hi"] = contents[index]["hi"]
+            world.shadow[pte]["lo"] = contents[index]["lo"]
+    return len(contents)
+
+
+@entry
+def share(world: World, mm: int, vpn: int, other_mm: int, other_vpn: int) -> int:
+    """Let an absent page map the frame of another process's page, as a fork long ago would have; a status."""
+    vma = find_vma(world, mm, vpn)
+    other = find_vma(world, other_mm, other_vpn)
+    if vma == 0 or other == 0:
+        return layout.NO_AREA
+    pte = pte_of(world, vma, vpn)
+    source = pte_of(world, other, other_vpn)
+    if world.ptes[pte]["flags"] or not world.ptes[source]["flags"] & layout.PTE_PRESENT:
+        return layout.ABSENT
+    world.ptes[source]["flags"] &= ~layout.PTE_WRITABLE
+    map_page(world, pte, world.ptes[source]["pfn"], layout.PTE_PRESENT)
+    if world.ctl[0]["shadow_on"]:
+        world.shadow[pte]["hi"] = world.shadow[source]["hi"]
+        world.shadow[pte]["lo"] = world.shadow[source]["lo"]
+    return layout.OK

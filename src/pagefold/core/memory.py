@@ -1,0 +1,421 @@
+"""Own what the machine does to pages: faults, fork, exit, migration, swap, and breaking a merged page.
+
+Why a write can never reach another process's page:
+1. A frame is written in place only through a writable entry, or when it is anonymous and this entry is its only claim.
+2. An entry is writable only while its frame is anonymous and has no other entry: fork and the merger take the right away
+   from every entry before a second one appears, and a KSM page has no writable entry.
+3. Everything else gets a fresh frame, allocated before the old mapping is dropped: without memory nothing changes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagefold.core import layout
+from pagefold.core.arena import take_mm
+from pagefold.core.compiler import jit
+from pagefold.core.frames import (
+    copy_content,
+    free_if_idle,
+    map_page,
+    swap_nid,
+    take_frame,
+    take_frame_on,
+    unmap_page,
+    write_intent,
+)
+from pagefold.core.layout import PTE_PRESENT, PTE_SWAPPED, PTE_WRITABLE, PTE_ZERO, World
+from pagefold.core.ring import ksm_enter, ksm_exit
+from pagefold.core.space import add_vma, cut_vma, drop_vma, find_vma, pte_of, vma_from, wished_node
+
+
+@jit
+def drop_zero(world: World, mm: int, pte: int) -> None:
+    """Empty an entry that maps the zero page on the merger's behalf."""
+    world.ptes[pte]["flags"] = 0
+    world.mms[mm]["ksm_zero_pages"] -= 1
+    world.ctl[0]["ksm_zero_pages"] -= 1
+
+
+@jit
+def map_zero(world: World, mm: int, pte: int) -> None:
+    """Let an empty entry map the zero page on the merger's behalf."""
+    world.ptes[pte]["flags"] = PTE_ZERO
+    world.mms[mm]["ksm_zero_pages"] += 1
+    world.ctl[0]["ksm_zero_pages"] += 1
+
+
+@jit
+def zap_pte(world: World, mm: int, pte: int) -> None:
+    """Empty an entry, whatever it holds."""
+    flags = world.ptes[pte]["flags"]
+    if flags & PTE_ZERO:
+        drop_zero(world, mm, pte)
+    elif flags:
+        unmap_page(world, pte)
+    if world.ctl[0]["shadow_on"]:
+        world.shadow[pte]["hi"] = 0
+        world.shadow[pte]["lo"] = 0
+
+
+@jit
+def may_write_in_place(world: World, vma: int, pte: int) -> bool:
+    """Tell whether a present page may be written where it is (argument 1 above)."""
+    if world.vmas[vma]["flags"] & layout.VMA_SHARED or world.ptes[pte]["flags"] & PTE_WRITABLE:
+        return True
+    frame = world.frames[world.ptes[pte]["pfn"]]
+    return frame["mapping"] == 0 and frame["mapcount"] == 1 and frame["refs"] == 0 and frame["pins"] == 0
+
+
+@jit
+def own_page(world: World, vma: int, pte: int) -> int:
+    """Make the page present, this entry's own and writable, with its content kept; NO_MEMORY changes nothing."""
+    flags = world.ptes[pte]["flags"]
+    if flags & PTE_PRESENT and may_write_in_place(world, vma, pte):
+        world.ptes[pte]["flags"] |= PTE_WRITABLE
+        return layout.OK
+    fresh = take_frame(world, wished_node(world, vma))
+    if fresh == 0:
+        return layout.NO_MEMORY
+    if flags & (PTE_PRESENT | PTE_SWAPPED):
+        copy_content(world, fresh, world.ptes[pte]["pfn"])
+        unmap_page(world, pte)
+    else:
+        world.contents[fresh]["hi"] = 0
+        world.contents[fresh]["lo"] = 0
+        if flags & PTE_ZERO:
+            drop_zero(world, world.vmas[vma]["mm"], pte)
+    map_page(world, pte, fresh, PTE_PRESENT | PTE_WRITABLE)
+    return layout.OK
+
+
+@jit
+def write_page(world: World, mm: int, vpn: int, hi: np.uint64, lo: np.uint64) -> int:
+    """Write content (hi, lo) to a page of a process."""
+    vma = find_vma(world, mm, vpn)
+    if vma == 0:
+        return layout.NO_AREA
+    pte = pte_of(world, vma, vpn)
+    status = own_page(world, vma, pte)
+    if status < 0:
+        return status
+    content = world.contents[world.ptes[pte]["pfn"]]
+    content["hi"] = hi
+    content["lo"] = lo
+    if world.ctl[0]["shadow_on"]:
+        world.shadow[pte]["hi"] = hi
+        world.shadow[pte]["lo"] = lo
+    return layout.OK
+
+
+@jit
+def touch_page(world: World, mm: int, vpn: int) -> int:
+    """Bring a swapped page in, as a read does; return its entry, ABSENT if there is nothing to read, or a status."""
+    vma = find_vma(world, mm, vpn)
+    if vma == 0:
+        return layout.NO_AREA
+    pte = pte_of(world, vma, vpn)
+    flags = world.ptes[pte]["flags"]
+    if flags & PTE_SWAPPED:
+        status = own_page(world, vma, pte)
+        if status < 0:
+            return status
+    elif not flags & PTE_PRESENT:
+        return layout.ABSENT
+    return pte
+
+
+@jit
+def is_merged(world: World, pte: int) -> bool:
+    """Tell whether the entry maps a KSM page, or the zero page on the merger's behalf."""
+    flags = world.ptes[pte]["flags"]
+    if flags & PTE_ZERO:
+        return True
+    return flags & PTE_PRESENT != 0 and world.frames[world.ptes[pte]["pfn"]]["mapping"] != 0
+
+
+@jit
+def break_page(world: World, vma: int, vpn: int) -> int:
+    """Give the process a private copy of a merged page; other pages are left alone."""
+    pte = pte_of(world, vma, vpn)
+    if not is_merged(world, pte):
+        return layout.OK
+    old = world.ptes[pte]["pfn"]
+    status = own_page(world, vma, pte)
+    if status >= 0:
+        mm = world.vmas[vma]["mm"]
+        write_intent(world, layout.INTENT_BREAK, mm, vpn, old, world.ptes[pte]["pfn"])
+    return status
+
+
+@jit
+def spawn(world: World, node: int) -> int:
+    """Make an empty process; return its mm or NEED_MMS."""
+    mm = take_mm(world)
+    if mm == 0:
+        return layout.NEED_MMS
+    record = world.mms[mm]
+    record["next_vpn"] = 16
+    record["ksm_rmap_items"] = 0
+    record["ksm_merging_pages"] = 0
+    record["ksm_zero_pages"] = 0
+    record["vma_first"] = 0
+    record["rmap_list"] = 0
+    record["node"] = node
+    record["flags"] = layout.MM_LIVE
+    return mm
+
+
+@jit
+def map_area(world: World, mm: int, start: int, count: int, node: int, flags: int) -> int:
+    """Make an area of `count` pages at `start`, 0 for the next free address; return its first page or a status."""
+    record = world.mms[mm]
+    if start == 0:
+        start = record["next_vpn"]
+    merge_any = record["flags"] & layout.MM_MERGE_ANY and not flags & layout.VMA_SHARED
+    vma = add_vma(world, mm, start, count, node, flags | (layout.VMA_MERGEABLE if merge_any else 0))
+    if vma < 0:
+        return vma
+    if merge_any:
+        ksm_enter(world, mm)
+    record["next_vpn"] = start + count + 1
+    return start
+
+
+@jit
+def unmap_area(world: World, mm: int, start: int, count: int) -> int:
+    """Unmap [start, start + count) of a process; return how many pages of areas that were, or NEED_VMAS."""
+    unmapped = 0
+    vma = vma_from(world, mm, start)
+    while vma and world.vmas[vma]["start"] < start + count:
+        vma = cut_vma(world, vma, start, start + count)
+        if vma < 0:
+            return vma
+        area = world.vmas[vma]
+        following = area["next"]
+        pages = area["end"] - area["start"]
+        for index in range(pages):
+            zap_pte(world, mm, area["pte_base"] + index)
+        drop_vma(world, vma)
+        unmapped += pages
+        vma = following
+    return unmapped
+
+
+@jit
+def exit_mm(world: World, mm: int) -> None:
+    """End a process: it is marked exiting, its pages and areas go, and the ring lets go of it or keeps its slot."""
+    world.mms[mm]["flags"] = world.mms[mm]["flags"] & ~layout.MM_LIVE | layout.MM_EXITED
+    while world.mms[mm]["vma_first"]:
+        vma = world.mms[mm]["vma_first"]
+        unmap_area(world, mm, world.vmas[vma]["start"], world.vmas[vma]["end"] - world.vmas[vma]["start"])
+    ksm_exit(world, mm)
+
+
+@jit
+def copy_entry(world: World, parent_pte: int, child_vma: int, child_pte: int) -> int:
+    """Give a forked child one entry of its parent (choices 6)."""
+    entry = world.ptes[parent_pte]
+    child = world.vmas[child_vma]
+    if world.ctl[0]["shadow_on"]:
+        world.shadow[child_pte]["hi"] = world.shadow[parent_pte]["hi"]
+        world.shadow[child_pte]["lo"] = world.shadow[parent_pte]["lo"]
+    flags = entry["flags"]
+    if flags & PTE_ZERO:
+        map_zero(world, child["mm"], child_pte)
+    elif flags & PTE_SWAPPED or (flags and child["flags"] & layout.VMA_SHARED):
+        map_page(world, child_pte, entry["pfn"], flags)
+    elif flags & PTE_PRESENT:
+        if world.frames[entry["pfn"]]["pins"]:
+            fresh = take_frame(world, wished_node(world, child_vma))
+            if fresh == 0:
+                return layout.NO_MEMORY
+            copy_content(world, fresh, entry["pfn"])
+            map_page(world, child_pte, fresh, PTE_PRESENT | PTE_WRITABLE)
+        else:
+            entry["flags"] = flags & ~PTE_WRITABLE
+            map_page(world, child_pte, entry["pfn"], flags & ~PTE_WRITABLE)
+    return layout.OK
+
+
+@jit
+def fork(world: World, parent: int, node: int) -> int:
+    """Fork a process onto `node` (-1: its parent's); return the child's mm, or a status that leaves no child."""
+    mm = spawn(world, world.mms[parent]["node"] if node < 0 else node)
+    if mm < 0:
+        return mm
+    child = world.mms[mm]
+    child["next_vpn"] = world.mms[parent]["next_vpn"]
+    child["flags"] |= world.mms[parent]["flags"] & layout.MM_MERGE_ANY
+    status = layout.OK
+    vma = world.mms[parent]["vma_first"]
+    while vma and status >= 0:
+        area = world.vmas[vma]
+        pages = area["end"] - area["start"]
+        status = add_vma(world, mm, area["start"], pages, area["node"], area["flags"])
+        twin = status
+        if status > 0:
+            status = layout.OK
+            for index in range(pages):
+                to = world.vmas[twin]["pte_base"] + index
+                status = copy_entry(world, area["pte_base"] + index, twin, to)
+                if status < 0:
+                    break
+        vma = area["next"]
+    if status < 0:
+        exit_mm(world, mm)
+        return status
+    world.ctl[0]["forks"] += 1
+    if world.mms[parent]["flags"] & layout.MM_REGISTERED:
+        ksm_enter(world, mm)
+    return mm
+
+
+@jit
+def is_held(world: World, pfn: int) -> bool:
+    """Tell whether somebody holds the frame beyond its mappings, so that it may not move or be replaced."""
+    frame = world.frames[pfn]
+    return frame["refs"] != 0 or frame["pins"] != 0 or frame["flags"] & layout.FRAME_LOCKED != 0
+
+
+@jit
+def migrate_frame(world: World, pfn: int, fresh: int, entry_flags: int) -> None:
+    """Move a frame's content and all its mappings to `fresh`, each entry keeping its flags or getting `entry_flags`.
+
+    The order is the kernel's: mappings, then the stable node's kpfn, and only then does the old frame forget its
+    stable node. Between the last two both frames name it, and `kpfn` says which one counts.
+    """
+    if is_held(world, pfn):
+        world.ctl[0]["refuse_broken"] += 1
+    copy_content(world, fresh, pfn)
+    frame = world.frames[pfn]
+    target = world.frames[fresh]
+    pte = frame["first_pte"]
+    while pte:
+        entry = world.ptes[pte]
+        entry["pfn"] = fresh
+        if entry_flags:
+            entry["flags"] = entry_flags
+        pte = entry["next"]
+    target["first_pte"] = frame["first_pte"]
+    target["mapcount"] = frame["mapcount"]
+    if not entry_flags:
+        target["mapping"] = frame["mapping"]
+        if frame["mapping"] > layout.KSM_LONE:
+            world.stables[frame["mapping"]]["kpfn"] = fresh
+    frame["first_pte"] = 0
+    frame["mapcount"] = 0
+    frame["mapping"] = 0
+    free_if_idle(world, pfn)
+
+
+@jit
+def present_frame(world: World, mm: int, vpn: int) -> int:
+    """Return the frame of a present page, ABSENT or NO_AREA."""
+    vma = find_vma(world, mm, vpn)
+    if vma == 0:
+        return layout.NO_AREA
+    entry = world.ptes[pte_of(world, vma, vpn)]
+    return entry["pfn"] if entry["flags"] & PTE_PRESENT else layout.ABSENT
+
+
+@jit
+def move_page(world: World, mm: int, vpn: int, nid: int) -> int:
+    """Move one page to a node with all its mappings (move_pages with MPOL_MF_MOVE_ALL); choices 10."""
+    pfn = present_frame(world, mm, vpn)
+    if pfn < 0:
+        return pfn
+    if nid < 0 or nid >= swap_nid(world) or not world.nodes[nid]["online"]:
+        return layout.NO_NODE
+    if is_held(world, pfn):
+        return layout.BUSY
+    if world.frames[pfn]["nid"] == nid:
+        return layout.SAME
+    fresh = take_frame_on(world, nid)
+    if fresh == 0:
+        return layout.NO_MEMORY
+    migrate_frame(world, pfn, fresh, 0)
+    return layout.OK
+
+
+@jit
+def swap_out(world: World, mm: int, vpn: int) -> int:
+    """Swap one page out of every process that maps it; a KSM page thereby loses its stable node (choices 11)."""
+    pfn = present_frame(world, mm, vpn)
+    if pfn < 0:
+        return pfn
+    if is_held(world, pfn):
+        return layout.BUSY
+    slot = take_frame_on(world, swap_nid(world))
+    if slot == 0:
+        return layout.NO_MEMORY
+    migrate_frame(world, pfn, slot, PTE_SWAPPED)
+    return layout.OK
+
+
+@jit
+def pin_page(world: World, mm: int, vpn: int) -> int:
+    """Pin a page for long, as a registered I/O buffer is; return its frame or a status (choices 8)."""
+    vma = find_vma(world, mm, vpn)
+    if vma == 0:
+        return layout.NO_AREA
+    pte = pte_of(world, vma, vpn)
+    status = own_page(world, vma, pte)
+    if status < 0:
+        return status
+    frame = world.frames[world.ptes[pte]["pfn"]]
+    if frame["pins"] >= 0xFFFF:
+        return layout.BUSY
+    frame["pins"] += 1
+    return world.ptes[pte]["pfn"]
+
+
+@jit
+def unpin_frame(world: World, pfn: int) -> int:
+    """Drop a pin of a frame."""
+    if world.frames[pfn]["pins"] == 0:
+        return layout.ABSENT
+    world.frames[pfn]["pins"] -= 1
+    free_if_idle(world, pfn)
+    return layout.OK
+
+
+@jit
+def lock_frame(world: World, mm: int, vpn: int) -> int:
+    """Lock the frame of a present page, as some other user of it would; return the frame or a status."""
+    pfn = present_frame(world, mm, vpn)
+    if pfn < 0:
+        return pfn
+    if world.frames[pfn]["flags"] & layout.FRAME_LOCKED:
+        return layout.BUSY
+    world.frames[pfn]["flags"] |= layout.FRAME_LOCKED
+    return pfn
+
+
+@jit
+def unlock_frame(world: World, pfn: int) -> int:
+    """Drop a frame's lock."""
+    if not world.frames[pfn]["flags"] & layout.FRAME_LOCKED:
+        return layout.ABSENT
+    world.frames[pfn]["flags"] &= ~layout.FRAME_LOCKED
+    free_if_idle(world, pfn)
+    return layout.OK
+
+
+@jit
+def empty_node(world: World, nid: int) -> int:
+    """Move every used frame of a node that takes no part in allocation elsewhere; BUSY or NO_MEMORY move none."""
+    nodes = swap_nid(world)
+    used = world.nodes[nid]["total"] - world.nodes[nid]["free"]
+    room = 0
+    for other in range(nodes):
+        room += world.nodes[other]["free"] if world.nodes[other]["online"] else 0
+    for pfn in range(1, len(world.frames)):
+        if world.frames[pfn]["nid"] == nid and is_held(world, pfn):
+            return layout.BUSY
+    if room < used:
+        return layout.NO_MEMORY
+    for pfn in range(1, len(world.frames)):
+        if world.frames[pfn]["nid"] == nid and world.frames[pfn]["mapcount"]:
+            migrate_frame(world, pfn, take_frame(world, (nid + 1) % nodes), 0)
+    return layout.OK
