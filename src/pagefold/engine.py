@@ -64,6 +64,17 @@ class Intent:
 
 
 @dataclass(frozen=True)
+class UnstablePage:
+    """A page in an unstable tree: `tree` is that of the node where it was when it entered."""
+
+    tree: int
+    mm: int
+    vpn: int
+    content: int | None  # None: it cannot be had any more
+    frame_node: int
+
+
+@dataclass(frozen=True)
 class StableNode:
     """A stable node as the drawing shows it; `frame` is 0 and `content` None when it is stale."""
 
@@ -255,7 +266,7 @@ class Engine:
         """Yield every stable node: tree by tree in content order, then those on migrate_nodes."""
         world = self.machine.world
         for nid in range(self.machine.nodes):
-            for place, depth in _in_order(world, int(world.nodes[nid]["stable_root"])):
+            for place, depth in _in_order(world.stables, int(world.nodes[nid]["stable_root"])):
                 chain = world.stables[place]["place"] == layout.CHAIN
                 node = int(world.stables[place]["hlist"]) if chain else place
                 while node:
@@ -266,11 +277,27 @@ class Engine:
             yield self._describe(node, "migrating", int(world.stables[node]["nid"]), 0)
             node = int(world.stables[node]["list_next"])
 
+    def unstable_pages(self) -> Iterator[UnstablePage]:
+        """Yield the pages in the unstable trees of the last scan begun, tree by tree, left to right."""
+        world = self.machine.world
+        places = {(p.mm, vpn): where for p in self.machine.processes if p.alive for vpn, where in p.pages()}
+        for nid in range(self.machine.nodes):
+            for item, _ in _in_order(world.rmaps, int(world.nodes[nid]["unstable_root"])):
+                mm, vpn = int(world.rmaps[item]["mm"]), int(world.rmaps[item]["vpn"])
+                where = places.get((mm, vpn))
+                if where is None or where.node < 0:
+                    yield UnstablePage(nid, mm, vpn, None, -1)
+                else:
+                    yield UnstablePage(nid, mm, vpn, self._content(where.frame), where.node)
+
+    def _content(self, frame: int) -> int:
+        content = self.machine.world.contents[frame]
+        return int(content["hi"]) << 64 | int(content["lo"])
+
     def _describe(self, node: int, place: Literal["tree", "dup", "migrating"], tree: int, depth: int) -> StableNode:
         world = self.machine.world
         frame = int(world.stables[node]["kpfn"])
         alive = int(world.frames[frame]["mapping"]) == node
-        content = world.contents[frame]
         sharers = []
         item = int(world.stables[node]["hlist"])
         while item:
@@ -280,7 +307,7 @@ class Engine:
             place=place,
             tree=tree,
             depth=depth,
-            content=int(content["hi"]) << 64 | int(content["lo"]) if alive else None,
+            content=self._content(frame) if alive else None,
             frame=frame if alive else 0,
             frame_node=int(world.frames[frame]["nid"]) if alive else -1,
             sharers=tuple(sorted(sharers)),
@@ -319,14 +346,14 @@ class Engine:
             raise CorruptionError(invariants.NAMES[broken], f"at index {where}; counters {self.counters()}")
 
 
-def _in_order(world: layout.World, root: int) -> Iterator[tuple[int, int]]:
-    """Yield (tree place, depth) of a stable tree in content order."""
+def _in_order(records: layout.Records, root: int) -> Iterator[tuple[int, int]]:
+    """Yield (node, depth) of a tree from left to right."""
     above: list[tuple[int, int]] = []
-    place, depth = root, 0
-    while above or place:
-        while place:
-            above.append((place, depth))
-            place, depth = int(world.stables[place]["rb_left"]), depth + 1
-        place, depth = above.pop()
-        yield place, depth
-        place, depth = int(world.stables[place]["rb_right"]), depth + 1
+    node, depth = root, 0
+    while above or node:
+        while node:
+            above.append((node, depth))
+            node, depth = int(records[node]["rb_left"]), depth + 1
+        node, depth = above.pop()
+        yield node, depth
+        node, depth = int(records[node]["rb_right"]), depth + 1

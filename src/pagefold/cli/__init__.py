@@ -1,0 +1,24 @@
+"""Own the command line: one file per verb, and the one place that catches errors.
+
+Every verb imports what it needs when it runs, so that `pagefold --help` loads nothing that is compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and an exit code."""
+    from pagefold.cli.app import app
+    from pagefold.errors import PagefoldError
+
+    try:
+        app(prog_name="pagefold")
+    except PagefoldError as error:
+        print(f"pagefold: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

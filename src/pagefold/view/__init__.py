@@ -1,0 +1,1 @@
+"""Own how things are shown: one table of fields, and drawings. Must not know how a figure is made."""

@@ -1,0 +1,36 @@
+"""Own the list of verbs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pagefold import __version__
+from pagefold.cli.explain_design import explain_design
+from pagefold.cli.plan import plan
+
+app = typer.Typer(
+    help="Same-page merging for Linux: predict what it would save, and see that it is safe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(plan)
+app.command("explain-design")(explain_design)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pagefold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,88 @@
+"""Own `pagefold plan`: read pages, predict, show."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    pass
+
+
+def plan(
+    pids: Annotated[
+        list[str] | None, typer.Argument(metavar="[PID]...", help="Running processes.", show_default=False)
+    ] = None,
+    all_mine: Annotated[
+        bool, typer.Option("--all-mine", help="All processes of this user (as root: of everybody).")
+    ] = False,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", metavar="FILE", help="A memory image: a raw file or an ELF core. May be repeated."),
+    ] = None,
+    advised: Annotated[
+        bool,
+        typer.Option("--advised", help="Only memory that is advised MERGEABLE already, as KSM would look at it today."),
+    ] = False,
+    interval: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="Rest between two looks; pages that differ are volatile. 0: one look."),
+    ] = 1.0,
+    max_page_sharing: Annotated[
+        str | None,
+        typer.Option(
+            "--max-page-sharing", metavar="N", help="Instead of the kernel's present setting.", show_default=False
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON with the kernel's counter names.")] = False,
+) -> None:
+    """Say what KSM would do with the memory of processes or images, once settled.
+
+    Reads the present anonymous pages, twice, and answers for merge_across_nodes 1 and 0 and for use_zero_pages 0 and 1.
+    Never writes to a process and never stops one.
+
+    Examples: `pagefold plan 1234 1235`, `pagefold plan --all-mine`, `pagefold plan --image guest.core`.
+    """
+    from pagefold.plan.reading import Reader
+    from pagefold.plan.report import make_report
+    from pagefold.view.plan import print_json, print_report
+
+    reader = Reader(advised_only=advised, max_page_sharing=max_page_sharing, interval=interval)
+    reader.add(pids or [], image or [], all_mine=all_mine)
+    with _progress() as progress:
+        sources = reader.read(progress, time.sleep)
+    for skipped in reader.skipped:
+        print(f"pagefold: left out: {skipped.why}", file=sys.stderr)
+    report = make_report(sources, reader.skipped, reader.max_page_sharing)
+    if as_json:
+        print_json(report)
+    else:
+        print_report(report)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar on stderr while pages are read, if that is a terminal; called with (what, pages done, pages in all)."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("pages"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)

@@ -1,0 +1,202 @@
+"""Own the closed form: what merging has done with a table of pages once nothing changes any more (mainline rules).
+
+Why no scan is needed: pages of different content never meet, so the outcome is decided content by content (and, with
+merge_across_nodes 0, node by node). Within one content only three things matter: how many pages there are, how many frames
+they are on (pages that fork left on one frame cannot found a KSM page among themselves), and `max_page_sharing`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagefold.plan.table import PageTable
+
+RMAP_ITEM_BYTES = 64  # of the kernel, per page looked at
+STABLE_NODE_BYTES = 64  # of the kernel, per KSM page and per chain
+
+
+class PageState(IntEnum):
+    """What becomes of one page."""
+
+    VOLATILE = 0  # changed between the looks: never merges
+    UNSHARED = 1  # waits in an unstable tree for an equal
+    MERGED = 2  # maps a KSM page
+    ZERO = 3  # maps the zero page (use_zero_pages)
+    FORKED = 4  # shares the frame of an UNSHARED page; the kernel counts it as volatile
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessPrediction:
+    """One source's part; the names are those of /proc/PID/ksm_stat."""
+
+    label: str
+    pid: int | None
+    pages: int
+    ksm_rmap_items: int
+    ksm_merging_pages: int
+    ksm_zero_pages: int
+    pages_unshared: int
+    pages_volatile: int
+    ksm_process_profit: int  # bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """The counters KSM would show when settled, and what that is worth; bytes where the name says so."""
+
+    merge_across_nodes: int
+    use_zero_pages: int
+    max_page_sharing: int
+    pages_shared: int
+    pages_sharing: int
+    pages_unshared: int
+    pages_volatile: int
+    ksm_zero_pages: int
+    stable_node_chains: int
+    stable_node_dups: int
+    general_profit: int  # as the kernel counts it: mappings saved, less rmap_items
+    saved_bytes: int  # frames that would be free, against no merging at all
+    metadata_bytes: int  # what the kernel would pay for it
+    processes: tuple[ProcessPrediction, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """State of every page and the sums that do not follow from it."""
+
+    state: NDArray[np.uint8]
+    stable_nodes: int
+    chains: int
+    dups: int
+    frames_before: int  # frames that merged and zero pages are on now
+
+
+def predict(
+    table: PageTable, *, merge_across_nodes: int = 1, use_zero_pages: int = 0, max_page_sharing: int = 256
+) -> Prediction:
+    """Predict the settled counters; O(pages x log pages)."""
+    outcome = _settle(table, bool(merge_across_nodes), bool(use_zero_pages), max_page_sharing)
+    state = outcome.state
+    merged = int((state == PageState.MERGED).sum())
+    zero = int((state == PageState.ZERO).sum())
+    sharing = merged - outcome.stable_nodes
+    metadata = len(table) * RMAP_ITEM_BYTES + (outcome.stable_nodes + outcome.chains) * STABLE_NODE_BYTES
+    return Prediction(
+        merge_across_nodes=merge_across_nodes,
+        use_zero_pages=use_zero_pages,
+        max_page_sharing=max_page_sharing,
+        pages_shared=outcome.stable_nodes,
+        pages_sharing=sharing,
+        pages_unshared=int((state == PageState.UNSHARED).sum()),
+        pages_volatile=int(_counts_as_volatile(state).sum()),
+        ksm_zero_pages=zero,
+        stable_node_chains=outcome.chains,
+        stable_node_dups=outcome.dups,
+        general_profit=(sharing + zero) * table.page_size - len(table) * RMAP_ITEM_BYTES,
+        saved_bytes=(outcome.frames_before - outcome.stable_nodes) * table.page_size,
+        metadata_bytes=metadata,
+        processes=tuple(_part(table, state, index) for index in range(len(table.sources))),
+    )
+
+
+def _counts_as_volatile(state: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    answer: NDArray[np.bool_] = (state == PageState.VOLATILE) | (state == PageState.FORKED)
+    return answer
+
+
+def _part(table: PageTable, state: NDArray[np.uint8], index: int) -> ProcessPrediction:
+    """Sum up one source."""
+    own = state[table.source == index]
+    merging, zero = int((own == PageState.MERGED).sum()), int((own == PageState.ZERO).sum())
+    return ProcessPrediction(
+        label=table.sources[index].label,
+        pid=table.sources[index].pid,
+        pages=len(own),
+        ksm_rmap_items=len(own),
+        ksm_merging_pages=merging,
+        ksm_zero_pages=zero,
+        pages_unshared=int((own == PageState.UNSHARED).sum()),
+        pages_volatile=int(_counts_as_volatile(own).sum()),
+        ksm_process_profit=(merging + zero) * table.page_size - len(own) * RMAP_ITEM_BYTES,
+    )
+
+
+def _settle(table: PageTable, across: bool, use_zero: bool, limit: int) -> _Outcome:
+    """Decide every page's state."""
+    state = np.full(len(table), PageState.VOLATILE, np.uint8)
+    zero = (table.high == 0) & (table.low == 0) & ~table.volatile
+    if use_zero:
+        state[zero] = PageState.ZERO
+    frames_before = len(np.unique(table.frame[zero])) if use_zero else 0
+    calm = np.flatnonzero(~table.volatile & ~zero if use_zero else ~table.volatile)
+    if not len(calm):
+        return _Outcome(state, 0, 0, 0, frames_before)
+
+    node = np.zeros(len(calm), np.int16) if across else table.node[calm]
+    order = np.lexsort((calm, node, table.low[calm], table.high[calm]))
+    page = calm[order]
+    starts = _starts(table.high[page], table.low[page], node[order])
+    lengths = np.diff(np.append(starts, len(page)))
+    group = np.repeat(np.arange(len(starts)), lengths)
+    rank = np.arange(len(page)) - starts[group]  # place of a page within its group, in scan order
+    by_frame = np.lexsort((table.frame[page], group))
+    frame_starts = _starts(group[by_frame], table.frame[page][by_frame])
+    frames = np.bincount(group[by_frame][frame_starts], minlength=len(starts))
+
+    # Groups of one frame: the first page waits, the rest hang on it by fork.
+    alone = frames == 1
+    state[page] = PageState.MERGED
+    state[page[alone[group]]] = PageState.FORKED
+    state[page[alone[group] & (rank == 0)]] = PageState.UNSHARED
+    # All others fill KSM pages of `limit` mappings; a last one left over waits.
+    nodes = np.where(alone, 0, lengths // limit + (lengths % limit >= 2))
+    lone = ~alone & (lengths % limit == 1)
+    state[page[lone[group] & (rank == (lengths - 1)[group])]] = PageState.UNSHARED
+    # More pages than one KSM page takes, and some of them on one frame: the order decides, so it is played through.
+    for one in np.flatnonzero(~alone & (lengths > limit) & (frames < lengths)):
+        members = page[starts[one] : starts[one] + lengths[one]]
+        nodes[one], state[members] = _play(table.frame[members], limit)
+    frames_before += len(np.unique(table.frame[page[state[page] == PageState.MERGED]]))
+    chains = nodes > 1
+    return _Outcome(state, int(nodes.sum()), int(chains.sum()), int(nodes[chains].sum()), frames_before)
+
+
+def _starts(*keys: NDArray[np.generic]) -> NDArray[np.intp]:
+    """Return where runs of equal keys begin."""
+    new = np.ones(len(keys[0]), np.bool_)
+    new[1:] = False
+    for key in keys:
+        new[1:] |= key[1:] != key[:-1]
+    return np.flatnonzero(new)
+
+
+def _play(frames: NDArray[np.int64], limit: int) -> tuple[int, NDArray[np.uint8]]:
+    """Scan one content's pages (frame names in scan order) until nothing changes; return KSM pages and states."""
+    state = np.full(len(frames), PageState.FORKED, np.uint8)
+    lengths: list[int] = []
+    changed = True
+    while changed:
+        changed = False
+        waiting = -1  # the page in the unstable tree
+        for index, frame in enumerate(frames):
+            if state[index] == PageState.MERGED:
+                continue
+            room = next((i for i, length in enumerate(lengths) if length < limit), None)
+            if room is not None:
+                lengths[room] += 1
+                state[index] = PageState.MERGED
+                changed = True
+            elif waiting < 0:
+                waiting = index
+            elif frames[waiting] != frame:
+                lengths.append(2)
+                state[index] = state[waiting] = PageState.MERGED
+                waiting = -1
+                changed = True
+        if not changed and waiting >= 0:
+            state[waiting] = PageState.UNSHARED
+    return len(lengths), state

@@ -1,0 +1,1 @@
+"""Own scenarios: stories told on a machine, and the hosts that can run them."""

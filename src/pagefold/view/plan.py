@@ -1,0 +1,90 @@
+"""Own how a plan is shown: tables for people, JSON for programs; both from the same fields."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+
+from rich.console import Console
+from rich.table import Table
+
+from pagefold.plan.prediction import Prediction, ProcessPrediction
+from pagefold.plan.report import Report
+from pagefold.view.fields import FIELDS, show, size
+
+_TOTALS = tuple(field.name for field in fields(Prediction) if field.name in FIELDS)
+_COLUMNS = ("pages", "ksm_merging_pages", "pages_unshared", "pages_volatile", "ksm_zero_pages", "ksm_process_profit")
+
+
+def print_json(report: Report) -> None:
+    """Print the report as one JSON object; figures have the kernel's counter names."""
+    answer = {
+        "page_size": report.page_size,
+        "max_page_sharing": report.max_page_sharing,
+        "predictions": [asdict(one) for one in report.predictions],
+        "sources": [
+            {
+                "label": pages.label,
+                "pid": pages.pid,
+                "pages": len(pages),
+                "already_merged": int(pages.ksm.sum()),
+                "zero_mapped": pages.zero_mapped,
+                "swapped": pages.swapped,
+                "unreadable": pages.unreadable,
+                "vanished": pages.vanished,
+                "incompatible": pages.incompatible,
+                "unadvised": pages.unadvised,
+                "missing": pages.missing,
+            }
+            for pages in report.sources
+        ],
+        "skipped": [asdict(one) for one in report.skipped],
+        "notes": list(report.notes),
+    }
+    print(json.dumps(answer, indent=2))
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print what merging would do in total and per process, the effect of use_zero_pages, and the notes."""
+    console = console or Console(soft_wrap=False)
+    across, apart = report.prediction(1, 0), report.prediction(0, 0)
+    console.print(_totals(across, apart))
+    console.print(_per_process(across))
+    console.print(f"\nMerging would save [bold]{size(across.saved_bytes)}[/bold], and cost {size(across.metadata_bytes)} of "
+                  f"kernel memory; {size(apart.saved_bytes)} if pages of different nodes stay apart.")  # fmt: skip
+    zero = report.prediction(1, 1)
+    if zero.ksm_zero_pages:
+        console.print(
+            f"{zero.ksm_zero_pages:,} pages are full of zeroes: use_zero_pages 1 would save {size(zero.saved_bytes)} in all."
+        )
+    for note in report.notes:
+        console.print(f"Note: {note}.", highlight=False)
+
+
+def _totals(across: Prediction, apart: Prediction) -> Table:
+    table = Table(title="Once settled", title_justify="left")
+    table.add_column("counter")
+    table.add_column("merge_across_nodes 1", justify="right")
+    table.add_column("0", justify="right")
+    table.add_column("meaning", style="dim", overflow="fold")
+    for name in _TOTALS:
+        figures = (show(name, getattr(one, name)) for one in (across, apart))
+        table.add_row(name, *figures, FIELDS[name].help)
+    return table
+
+
+def _per_process(prediction: Prediction) -> Table:
+    table = Table(title="Per process (merge_across_nodes 1)", title_justify="left")
+    table.add_column("process")
+    for name in _COLUMNS:
+        table.add_column(name, justify="right")
+    for one in prediction.processes:
+        table.add_row(one.label, *(show(name, getattr(one, name)) for name in _COLUMNS))
+    if len(prediction.processes) > 1:
+        table.add_section()
+        table.add_row("in total", *(show(name, _sum(prediction.processes, name)) for name in _COLUMNS))
+    return table
+
+
+def _sum(processes: tuple[ProcessPrediction, ...], name: str) -> int:
+    return sum(int(getattr(one, name)) for one in processes)
