@@ -121,12 +121,17 @@ class KernelKsm:
             poll.rest()
 
     def settle(self, names: tuple[str, ...] = ("pages_shared", "pages_sharing", "pages_unshared")) -> dict[str, int]:
-        """Let the kernel scan until these counters have been the same over three full scans; return them."""
+        """Let the kernel scan (run must be 1) until these counters have been the same over three full scans; return them.
+
+        They are read while run is 0: a page that is being looked at is on no tree, and would be missing from the count.
+        """
         before: dict[str, int] = {}
         same = 0
         while same < 3:
             self.wait_scans(1)
+            self.set("run", 0)
             now = {name: self.get(name) for name in names}
+            self.set("run", 1)
             same = same + 1 if now == before else 0
             before = now
         return before
