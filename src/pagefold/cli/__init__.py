@@ -13,11 +13,12 @@ def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and an exit code."""
     from pagefold.cli.app import app
     from pagefold.errors import PagefoldError
+    from pagefold.view.line import one_line
 
     try:
         app(prog_name="pagefold")
     except PagefoldError as error:
-        print(f"pagefold: {error}", file=sys.stderr)
+        print(f"pagefold: {one_line(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

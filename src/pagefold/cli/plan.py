@@ -7,12 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    pass
 
 
 def plan(
@@ -51,6 +48,7 @@ def plan(
     """
     from pagefold.plan.reading import Reader
     from pagefold.plan.report import make_report
+    from pagefold.view.line import one_line
     from pagefold.view.plan import print_json, print_report
 
     reader = Reader(advised_only=advised, max_page_sharing=max_page_sharing, interval=interval)
@@ -58,7 +56,7 @@ def plan(
     with _progress() as progress:
         sources = reader.read(progress, time.sleep)
     for skipped in reader.skipped:
-        print(f"pagefold: left out: {skipped.why}", file=sys.stderr)
+        print(f"pagefold: left out: {one_line(skipped.why)}", file=sys.stderr)
     report = make_report(sources, reader.skipped, reader.max_page_sharing)
     if as_json:
         print_json(report)

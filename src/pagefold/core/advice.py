@@ -52,6 +52,7 @@ def advise(world: World, mm: int, start: int, count: int, mergeable: bool) -> in
             if vma < 0:
                 return vma
             world.vmas[vma]["flags"] ^= layout.VMA_MERGEABLE
+            world.ctl[0]["trees_changed"] = 1
             if mergeable:
                 ksm_enter(world, mm)
         vma = world.vmas[vma]["next"]
@@ -73,6 +74,7 @@ def set_merge_any(world: World, mm: int, on: bool) -> int:
         area = world.vmas[vma]
         if not on:
             area["flags"] &= ~layout.VMA_MERGEABLE
+            world.ctl[0]["trees_changed"] = 1
         elif not area["flags"] & layout.VMA_SHARED:
             area["flags"] |= layout.VMA_MERGEABLE
         vma = area["next"]

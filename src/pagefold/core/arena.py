@@ -194,6 +194,10 @@ def _check_index(length: int, what: str) -> None:
 
 def grow(world: World, need: int, at_least: int = 0) -> World:
     """Return the world with the arrays that status `need` names grown by half, or by `at_least` more records."""
+    if (
+        need == layout.NEED_RMAPS
+    ):  # there will not be more items than page-table entries: grow once and not twenty times
+        at_least = int(world.ctl[0]["ptes_used"]) - len(world.rmaps)
     for name in _GROWS[need]:
         array = getattr(world, name)
         if name == "shadow" and not world.ctl[0]["shadow_on"]:

@@ -38,6 +38,7 @@ def make_chain(world: World, node: int) -> int:
     entry = world.stables[chain]
     entry["place"] = layout.CHAIN
     entry["hlist"] = 0
+    entry["key"] = layout.KEY_LOOK  # walking past a chain prunes it
     entry["chain_prune_time"] = ctl["now"] & _TIME_MASK
     ctl["stable_node_chains"] += 1
     add_dup(world, chain, node)

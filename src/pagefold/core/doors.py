@@ -7,7 +7,7 @@ from pagefold.core.compiler import entry
 from pagefold.core.events import apply_event
 from pagefold.core.frames import map_page, take_frame
 from pagefold.core.layout import Records, World
-from pagefold.core.memory import own_page
+from pagefold.core.memory import own_page, set_content
 from pagefold.core.space import find_vma, pte_of, wished_node
 from pagefold.core.unmerge import remove_all_stable_nodes, take_offline, unmerge_and_remove_all_rmap_items
 
@@ -53,11 +53,7 @@ def load(world: World, mm: int, vpn: int, contents: Records, nids: Records) -> i
             pfn = world.ptes[pte]["pfn"]
         if pfn == 0:
             return index if index else layout.NO_MEMORY
-        world.contents[pfn]["hi"] = contents[index]["hi"]
-        world.contents[pfn]["lo"] = contents[index]["lo"]
-        if world.ctl[0]["shadow_on"]:
-            world.shadow[pte]["hi"] = contents[index]["hi"]
-            world.shadow[pte]["lo"] = contents[index]["lo"]
+        set_content(world, pte, contents[index]["hi"], contents[index]["lo"])
     return len(contents)
 
 

@@ -1,13 +1,17 @@
 """Own frames: allocation by node, references, mappings, and the journal of mapping changes.
 
-A frame is free exactly when nothing maps, references, pins or locks it. Must not know areas or rules of merging.
+A frame is free exactly when nothing maps or holds (references, pins, locks) it. Must not know areas or rules of merging.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from pagefold.core import layout
 from pagefold.core.compiler import jit
 from pagefold.core.layout import World
+
+_HALF = np.uint64(32)
 
 
 @jit
@@ -45,7 +49,16 @@ def take_frame(world: World, wished: int) -> int:
 def is_idle(world: World, pfn: int) -> bool:
     """Tell whether nobody has a claim on the frame."""
     frame = world.frames[pfn]
-    return frame["mapcount"] == 0 and frame["refs"] == 0 and frame["pins"] == 0 and frame["flags"] == 0
+    return frame["mapcount"] == 0 and frame["holds"] == 0
+
+
+@jit
+def forget_stable_node(world: World, pfn: int) -> None:
+    """Let the frame name no stable node any more; the node is stale from here on, and its key tells searches to look."""
+    mapping = world.frames[pfn]["mapping"]
+    if mapping > layout.KSM_LONE:
+        world.stables[mapping]["key"] = layout.KEY_LOOK
+    world.frames[pfn]["mapping"] = 0
 
 
 @jit
@@ -54,7 +67,7 @@ def free_if_idle(world: World, pfn: int) -> None:
     if is_idle(world, pfn):
         frame = world.frames[pfn]
         node = world.nodes[frame["nid"]]
-        frame["mapping"] = 0
+        forget_stable_node(world, pfn)
         frame["first_pte"] = node["free_head"]
         node["free_head"] = pfn
         node["free"] += 1
@@ -63,13 +76,13 @@ def free_if_idle(world: World, pfn: int) -> None:
 @jit
 def get_page(world: World, pfn: int) -> None:
     """Take a transient reference."""
-    world.frames[pfn]["refs"] += 1
+    world.frames[pfn]["holds"] += layout.HOLD_REF
 
 
 @jit
 def put_page(world: World, pfn: int) -> None:
     """Drop a transient reference."""
-    world.frames[pfn]["refs"] -= 1
+    world.frames[pfn]["holds"] -= layout.HOLD_REF
     free_if_idle(world, pfn)
 
 
@@ -118,6 +131,12 @@ def content_order(world: World, one: int, other: int) -> int:
     if a["lo"] != b["lo"]:
         return -1 if a["lo"] < b["lo"] else 1
     return 0
+
+
+@jit
+def content_key(world: World, pfn: int) -> int:
+    """Return the top 31 bits of the content, shifted left: contents whose keys differ are ordered as their keys are."""
+    return int(world.contents[pfn]["hi"] >> _HALF) & ~layout.KEY_LOOK
 
 
 @jit

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pagefold.core import layout, rbtree
 from pagefold.core.compiler import entry, jit
-from pagefold.core.frames import is_idle, swap_nid
+from pagefold.core.frames import content_key, is_idle, swap_nid
 from pagefold.core.layout import Records, World
 
 NAMES = (
@@ -222,6 +222,9 @@ def check_lists(world: World) -> tuple[int, int]:
         dups += 1 if place == layout.IN_CHAIN else 0
         if place in (layout.FREE, layout.CHAIN):
             continue
+        trusted = not world.stables[node]["key"] & layout.KEY_LOOK
+        if trusted and world.frames[world.stables[node]["kpfn"]]["mapping"] != node:
+            return KEYHOLE, node
         length = rmap_list_length(world, node)
         if length != world.stables[node]["rmap_hlist_len"]:
             return LISTS, node
@@ -281,6 +284,8 @@ def check_frames(world: World) -> tuple[int, int]:
             if mapping >= ctl["stables_used"] or world.stables[mapping]["kpfn"] != pfn:
                 return KEYHOLE, pfn
             if world.stables[mapping]["place"] in (layout.FREE, layout.CHAIN):
+                return KEYHOLE, pfn
+            if world.stables[mapping]["key"] != content_key(world, pfn):
                 return KEYHOLE, pfn
         count = 0
         before = 0

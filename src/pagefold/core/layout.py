@@ -34,6 +34,8 @@ NEED_RMAPS = -14
 NEED_STABLES = -15
 NEED_JOURNAL = -16
 
+WARM_LANES = 16
+
 # --- rule sets ----------------------------------------------------------------------------------------------------
 CLASSIC = 0
 MAINLINE = 1
@@ -62,6 +64,10 @@ ctl = np.dtype(
         ("stable_node_dups", "i8"),
         ("rmap_items", "i8"),
         ("full_scans", "i8"),  # the kernel's seqnr
+        (
+            "trees_changed",
+            "i4",
+        ),  # 1: a page that may be in an unstable tree was written or went since the trees are new
         ("generation", "i8"),  # of the unstable trees: full scans ever begun
         # the cursor (ksm_scan)
         ("cursor_mm", "i4"),  # 0: the ring's head
@@ -70,6 +76,11 @@ ctl = np.dtype(
         ("cursor_pte", "i4"),  # page-table entry of the page just returned
         ("cursor_vpn", "i8"),  # next address to look at; 0 when no mergeable area was met in this mm
         ("scan_page", "i4"),  # frame of the page just returned, referenced
+        # warm.py: how far it has looked ahead in this mm, and its lanes
+        ("warm_until", "i8"),
+        ("warm_key", "i8", (WARM_LANES,)),
+        ("warm_node", "i4", (WARM_LANES,)),
+        ("warm_nid", "i4", (WARM_LANES,)),
         # lists
         ("migrate_head", "i4"),  # first stable node of migrate_nodes
         # arenas: slots ever used (0 counts as used) and the head of the list of free ones
@@ -118,12 +129,15 @@ frame = np.dtype(
         ("mapping", "i4"),  # 0 anonymous or free, KSM_LONE, or the stable node (the back pointer)
         ("first_pte", "i4"),  # used: first of the entries that name it; free: next free frame
         ("nid", "i2"),
-        ("pins", "u2"),  # long-term references of others
-        ("refs", "u2"),  # transient references of the merger
-        ("flags", "i2"),
+        ("holds", "u2"),  # everything that holds it beyond mappings, one number as the kernel's page count: see below
     ]
 )
-FRAME_LOCKED = 1  # valid while used
+HOLD_REF = 1  # a transient reference of the merger, up to 1023 of them
+HOLD_PIN = 1024  # a long-term reference of others, up to MAX_PINS of them
+HOLD_PINS = 0x7C00
+MAX_PINS = HOLD_PINS // HOLD_PIN
+HOLD_LOCK = 0x8000
+HOLD_COUNT = 0x7FFF  # all references and pins
 KSM_LONE = 1  # mapping: a KSM page without a stable node yet; stable node 1 is never handed out
 
 content = np.dtype([("hi", "u8"), ("lo", "u8")])  # equal if and only if the bytes are; (0, 0) is the zero page
@@ -183,16 +197,16 @@ rmap = np.dtype(
     {
         "names": [
             *("vpn", "mm", "vma", "rmap_next", "oldchecksum", "flags", "seqnr", "age", "remaining_skips"),
-            *("nid", "rb_red", "rb_left", "rb_right", "rb_parent", "hlist_next", "hlist_prev", "head"),
+            *("nid", "rb_red", "rb_left", "rb_right", "rb_parent", "hlist_next", "hlist_prev", "head", "key"),
         ],
         "formats": [
             *("i8", "i4", "i4", "i4", "u4", "i1", "u1", "u1", "u1"),
-            *("i2", "i1", "i4", "i4", "i4", "i4", "i4", "i4"),
+            *("i2", "i1", "i4", "i4", "i4", "i4", "i4", "i4", "u4"),
         ],
         # rb_*, nid, and seqnr (low 8 bits of ctl.generation at insertion): while UNSTABLE. hlist_*, head: while STABLE.
-        # vma: a hint, checked before use.
+        # vma: a hint, checked before use. key: while UNSTABLE, the content's key at insertion (unstable.py says when it counts).
         # rmap_next: next item of the mm by address; free: next free slot. oldchecksum: while CALM_KNOWN.
-        "offsets": [0, 8, 12, 16, 20, 24, 25, 26, 27, 28, 30, 32, 36, 40, 32, 36, 40],
+        "offsets": [0, 8, 12, 16, 20, 24, 25, 26, 27, 28, 30, 32, 36, 40, 32, 36, 40, 44],
         "itemsize": 48,
     }
 )
@@ -206,20 +220,22 @@ stable = np.dtype(
         "names": [
             *("kpfn", "chain_prune_time", "hlist", "rmap_hlist_len"),
             *("rb_left", "rb_right", "rb_parent", "list_next", "list_prev", "chain"),
-            *("nid", "place", "rb_red"),
+            *("nid", "place", "rb_red", "key"),
         ],
         "formats": [
             *("i4", "i4", "i4", "i4"),
             *("i4", "i4", "i4", "i4", "i4", "i4"),
-            *("i2", "i1", "i1"),
+            *("i2", "i1", "i1", "u4"),
         ],
         # kpfn: not for a CHAIN; chain_prune_time (ms, low 31 bits): only for a CHAIN.
         # hlist: first rmap_item; for a CHAIN first dup; free: next free slot. rmap_hlist_len: not for a CHAIN.
+        # key: of the content, or KEY_LOOK where only a look through the keyhole tells.
         # rb_*: IN_TREE and CHAIN. list_*: IN_CHAIN and MIGRATING. chain: IN_CHAIN, the chain it hangs on.
-        "offsets": [0, 0, 4, 8, 12, 16, 20, 12, 16, 20, 24, 26, 27],
-        "itemsize": 28,
+        "offsets": [0, 0, 4, 8, 12, 16, 20, 12, 16, 20, 24, 26, 27, 28],
+        "itemsize": 32,
     }
 )
+KEY_LOOK = 1  # lowest bit of a key: the page is gone (or this is a CHAIN), the other bits say nothing
 FREE = 0
 IN_TREE = 1  # a plain node of the stable tree of `nid`
 IN_CHAIN = 2  # a dup
@@ -290,4 +306,4 @@ class World(NamedTuple):
 # The promise of at most 64 bytes per tracked page and 64 per frame (a frame has at most one stable node of its own).
 assert rmap.itemsize + pte.itemsize <= 64
 assert frame.itemsize + content.itemsize + stable.itemsize <= 64
-assert (ctl.itemsize % 8, vma.itemsize, frame.itemsize, pte.itemsize, event.itemsize) == (0, 32, 20, 16, 56)
+assert (ctl.itemsize % 8, vma.itemsize, frame.itemsize, pte.itemsize, event.itemsize) == (0, 32, 16, 16, 56)

@@ -16,6 +16,7 @@ from pagefold.core.arena import take_mm
 from pagefold.core.compiler import jit
 from pagefold.core.frames import (
     copy_content,
+    forget_stable_node,
     free_if_idle,
     map_page,
     swap_nid,
@@ -53,6 +54,7 @@ def zap_pte(world: World, mm: int, pte: int) -> None:
         drop_zero(world, mm, pte)
     elif flags:
         unmap_page(world, pte)
+        world.ctl[0]["trees_changed"] = 1
     if world.ctl[0]["shadow_on"]:
         world.shadow[pte]["hi"] = 0
         world.shadow[pte]["lo"] = 0
@@ -64,7 +66,7 @@ def may_write_in_place(world: World, vma: int, pte: int) -> bool:
     if world.vmas[vma]["flags"] & layout.VMA_SHARED or world.ptes[pte]["flags"] & PTE_WRITABLE:
         return True
     frame = world.frames[world.ptes[pte]["pfn"]]
-    return frame["mapping"] == 0 and frame["mapcount"] == 1 and frame["refs"] == 0 and frame["pins"] == 0
+    return frame["mapping"] == 0 and frame["mapcount"] == 1 and frame["holds"] & layout.HOLD_COUNT == 0
 
 
 @jit
@@ -99,13 +101,20 @@ def write_page(world: World, mm: int, vpn: int, hi: np.uint64, lo: np.uint64) ->
     status = own_page(world, vma, pte)
     if status < 0:
         return status
+    set_content(world, pte, hi, lo)
+    return layout.OK
+
+
+@jit
+def set_content(world: World, pte: int, hi: np.uint64, lo: np.uint64) -> None:
+    """Put a content into the frame of a page that is the process's own."""
     content = world.contents[world.ptes[pte]["pfn"]]
     content["hi"] = hi
     content["lo"] = lo
+    world.ctl[0]["trees_changed"] = 1
     if world.ctl[0]["shadow_on"]:
         world.shadow[pte]["hi"] = hi
         world.shadow[pte]["lo"] = lo
-    return layout.OK
 
 
 @jit
@@ -226,7 +235,7 @@ def copy_entry(world: World, parent_pte: int, child_vma: int, child_pte: int) ->
     elif flags & PTE_SWAPPED or (flags and child["flags"] & layout.VMA_SHARED):
         map_page(world, child_pte, entry["pfn"], flags)
     elif flags & PTE_PRESENT:
-        if world.frames[entry["pfn"]]["pins"]:
+        if world.frames[entry["pfn"]]["holds"] & layout.HOLD_PINS:
             fresh = take_frame(world, wished_node(world, child_vma))
             if fresh == 0:
                 return layout.NO_MEMORY
@@ -274,8 +283,7 @@ def fork(world: World, parent: int, node: int) -> int:
 @jit
 def is_held(world: World, pfn: int) -> bool:
     """Tell whether somebody holds the frame beyond its mappings, so that it may not move or be replaced."""
-    frame = world.frames[pfn]
-    return frame["refs"] != 0 or frame["pins"] != 0 or frame["flags"] & layout.FRAME_LOCKED != 0
+    return world.frames[pfn]["holds"] != 0
 
 
 @jit
@@ -303,9 +311,10 @@ def migrate_frame(world: World, pfn: int, fresh: int, entry_flags: int) -> None:
         target["mapping"] = frame["mapping"]
         if frame["mapping"] > layout.KSM_LONE:
             world.stables[frame["mapping"]]["kpfn"] = fresh
+        frame["mapping"] = 0
     frame["first_pte"] = 0
     frame["mapcount"] = 0
-    frame["mapping"] = 0
+    forget_stable_node(world, pfn)
     free_if_idle(world, pfn)
 
 
@@ -350,6 +359,7 @@ def swap_out(world: World, mm: int, vpn: int) -> int:
     if slot == 0:
         return layout.NO_MEMORY
     migrate_frame(world, pfn, slot, PTE_SWAPPED)
+    world.ctl[0]["trees_changed"] = 1
     return layout.OK
 
 
@@ -364,18 +374,18 @@ def pin_page(world: World, mm: int, vpn: int) -> int:
     if status < 0:
         return status
     frame = world.frames[world.ptes[pte]["pfn"]]
-    if frame["pins"] >= 0xFFFF:
+    if frame["holds"] & layout.HOLD_PINS == layout.HOLD_PINS:
         return layout.BUSY
-    frame["pins"] += 1
+    frame["holds"] += layout.HOLD_PIN
     return world.ptes[pte]["pfn"]
 
 
 @jit
 def unpin_frame(world: World, pfn: int) -> int:
     """Drop a pin of a frame."""
-    if world.frames[pfn]["pins"] == 0:
+    if world.frames[pfn]["holds"] & layout.HOLD_PINS == 0:
         return layout.ABSENT
-    world.frames[pfn]["pins"] -= 1
+    world.frames[pfn]["holds"] -= layout.HOLD_PIN
     free_if_idle(world, pfn)
     return layout.OK
 
@@ -386,18 +396,18 @@ def lock_frame(world: World, mm: int, vpn: int) -> int:
     pfn = present_frame(world, mm, vpn)
     if pfn < 0:
         return pfn
-    if world.frames[pfn]["flags"] & layout.FRAME_LOCKED:
+    if world.frames[pfn]["holds"] & layout.HOLD_LOCK:
         return layout.BUSY
-    world.frames[pfn]["flags"] |= layout.FRAME_LOCKED
+    world.frames[pfn]["holds"] |= layout.HOLD_LOCK
     return pfn
 
 
 @jit
 def unlock_frame(world: World, pfn: int) -> int:
     """Drop a frame's lock."""
-    if not world.frames[pfn]["flags"] & layout.FRAME_LOCKED:
+    if not world.frames[pfn]["holds"] & layout.HOLD_LOCK:
         return layout.ABSENT
-    world.frames[pfn]["flags"] &= ~layout.FRAME_LOCKED
+    world.frames[pfn]["holds"] ^= layout.HOLD_LOCK
     free_if_idle(world, pfn)
     return layout.OK
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pagefold.core import layout
 from pagefold.core.checkpoint import checkpoint
 from pagefold.core.compiler import jit
-from pagefold.core.frames import content_order, map_page, unmap_page, write_intent
+from pagefold.core.frames import content_order, forget_stable_node, map_page, unmap_page, write_intent
 from pagefold.core.layout import (
     GAP_FIRST_MERGED,
     GAP_WRITE_PROTECTED,
@@ -27,6 +27,7 @@ from pagefold.core.space import pte_of
 
 MAKE_KSM = 0  # as `kpage`: mark the page itself
 ZERO_PAGE = -1  # as `kpage`: map the zero page
+_OURS = layout.HOLD_LOCK | layout.HOLD_REF  # what holds a page in the middle of a merge: our lock and our reference
 
 
 @jit
@@ -34,7 +35,7 @@ def write_protect_page(world: World, pte: int, page: int) -> bool:
     """Take the right to write from the entry; refused if anyone holds a reference beyond mappings and our own one."""
     frame = world.frames[page]
     entry = world.ptes[pte]
-    if not entry["flags"] & PTE_PRESENT or entry["pfn"] != page or frame["pins"] or frame["refs"] != 1:
+    if not entry["flags"] & PTE_PRESENT or entry["pfn"] != page or frame["holds"] != _OURS:
         return False
     entry["flags"] &= ~PTE_WRITABLE
     return True
@@ -44,7 +45,7 @@ def write_protect_page(world: World, pte: int, page: int) -> bool:
 def redirect(world: World, mm: int, vpn: int, pte: int, page: int, kpage: int) -> None:
     """Let the entry map the KSM page (or the zero page) instead, and note any promise this would break."""
     ctl = world.ctl[0]
-    if world.frames[page]["pins"] or world.frames[page]["refs"] > 1:
+    if world.frames[page]["holds"] != _OURS:
         ctl["refuse_broken"] += 1
     unmap_page(world, pte)
     if kpage == ZERO_PAGE:
@@ -81,16 +82,17 @@ def try_to_merge_one_page(world: World, mm: int, vpn: int, pte: int, page: int, 
     if page == kpage:  # inherited by fork
         return True
     frame = world.frames[page]
-    if frame["flags"] & layout.FRAME_LOCKED:
+    if frame["holds"] & layout.HOLD_LOCK:
         return False
-    frame["flags"] |= layout.FRAME_LOCKED
+    frame["holds"] |= layout.HOLD_LOCK
     merged = write_protect_page(world, pte, page)
     if merged and kpage == MAKE_KSM:
+        forget_stable_node(world, page)  # it has one if its search gave nothing: that node goes stale
         frame["mapping"] = KSM_LONE
         write_intent(world, layout.INTENT_PROTECT, mm, vpn, page, page)
     elif merged:
         merged = replace_page(world, mm, vpn, pte, page, kpage)
-    frame["flags"] &= ~layout.FRAME_LOCKED
+    frame["holds"] ^= layout.HOLD_LOCK
     return merged
 
 

@@ -30,6 +30,7 @@ from pagefold.core.rmap import (
 from pagefold.core.space import is_area_of, pte_of, vma_from
 from pagefold.core.stable import SEARCH_BUSY, stable_tree_insert, stable_tree_search
 from pagefold.core.unstable import unstable_tree_search_insert
+from pagefold.core.warm import warm
 
 _SHIFT = np.uint64(32)
 _LOW = np.uint64(0xFFFFFFFF)
@@ -82,6 +83,7 @@ def stand_on(world: World, mm: int) -> None:
     ctl["cursor_vpn"] = 0
     ctl["cursor_rmap"] = 0
     ctl["cursor_vma"] = 0
+    ctl["warm_until"] = 0
 
 
 @jit
@@ -96,6 +98,7 @@ def begin_full_scan(world: World) -> None:
     for nid in range(swap_nid(world)):
         world.nodes[nid]["unstable_root"] = 0
     world.ctl[0]["generation"] += 1
+    world.ctl[0]["trees_changed"] = 0
     stand_on(world, world.mms[0]["ring_next"])
 
 
@@ -130,6 +133,8 @@ def next_in_vma(world: World, mm: int, vma: int) -> int:
     ctl = world.ctl[0]
     area = world.vmas[vma]
     while ctl["cursor_vpn"] < area["end"]:
+        if ctl["cursor_vpn"] >= ctl["warm_until"]:
+            warm(world, vma)
         pte = pte_of(world, vma, ctl["cursor_vpn"])
         if world.ptes[pte]["flags"] & layout.PTE_PRESENT:
             item = get_next_rmap_item(world, mm, ctl["cursor_rmap"], ctl["cursor_vpn"])

@@ -15,7 +15,7 @@ from pagefold.core.arena import take_stable
 from pagefold.core.chain import hang_beside, has_room, pick_dup
 from pagefold.core.checkpoint import checkpoint
 from pagefold.core.compiler import jit
-from pagefold.core.frames import content_order, get_page, nid_of, put_page, stable_node_of
+from pagefold.core.frames import content_key, content_order, get_page, nid_of, put_page, stable_node_of
 from pagefold.core.keyhole import detach, get_ksm_page, link_in_tree, replace_in_tree
 from pagefold.core.layout import GAP_LOCKED, GAP_MATCH, GAP_STABLE_NODE, World
 from pagefold.core.lists import migrate_add
@@ -48,9 +48,18 @@ def _descend(world: World, page: int, waiting: int, nid: int) -> int:
     classic = world.ctl[0]["rules"] == layout.CLASSIC
     parent = 0
     right = 0
+    key = content_key(world, page)
     here = world.nodes[nid]["stable_root"]
     while here:
         checkpoint(world, GAP_STABLE_NODE)
+        tree_key = world.stables[here]["key"]
+        if not tree_key & layout.KEY_LOOK and tree_key != key:
+            # Neither stale nor a chain, and not equal: its key alone says where to go. Touching one record per level and not three
+            # is what makes the search twice as fast (benchmarks/engine_scan.py).
+            parent = here
+            right = 1 if key > tree_key else 0
+            here = world.stables[here]["rb_right"] if right else world.stables[here]["rb_left"]
+            continue
         place, dup, tree_page = pick_dup(world, here, True)
         if tree_page == 0:
             return 0 if classic else _AGAIN
@@ -86,7 +95,7 @@ def _matched(world: World, page: int, waiting: int, place: int, dup: int) -> int
     tree_page = get_ksm_page(world, dup)
     if tree_page == 0:
         return _AGAIN if waiting or mainline else 0
-    if world.frames[tree_page]["flags"] & layout.FRAME_LOCKED:
+    if world.frames[tree_page]["holds"] & layout.HOLD_LOCK:
         put_page(world, tree_page)
         return SEARCH_BUSY
     checkpoint(world, GAP_LOCKED)
@@ -150,6 +159,7 @@ def stable_tree_insert(world: World, kpage: int) -> int:
     entry["hlist"] = 0
     entry["rmap_hlist_len"] = 0
     entry["nid"] = nid
+    entry["key"] = content_key(world, kpage)
     world.frames[kpage]["mapping"] = node
     if equal:
         hang_beside(world, equal, node)

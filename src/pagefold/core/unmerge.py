@@ -5,7 +5,7 @@ from __future__ import annotations
 from pagefold.core import layout, rbtree
 from pagefold.core.advice import unmerge_range
 from pagefold.core.compiler import jit
-from pagefold.core.frames import put_page, swap_nid
+from pagefold.core.frames import forget_stable_node, put_page, swap_nid
 from pagefold.core.keyhole import free_chain, get_ksm_page, remove_node_from_stable_tree
 from pagefold.core.layout import World
 from pagefold.core.memory import empty_node
@@ -22,7 +22,7 @@ def remove_stable_node(world: World, node: int) -> int:
         return layout.OK  # it was stale and is gone
     status = layout.BUSY
     if world.frames[page]["mapcount"] == 0:
-        world.frames[page]["mapping"] = 0
+        forget_stable_node(world, page)
         remove_node_from_stable_tree(world, node)
         status = layout.OK
     put_page(world, page)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pagefold.core import layout, rbtree
 from pagefold.core.checkpoint import checkpoint
 from pagefold.core.compiler import jit
-from pagefold.core.frames import content_order, get_page, nid_of
+from pagefold.core.frames import content_key, content_order, get_page, nid_of
 from pagefold.core.layout import GAP_UNSTABLE_NODE, World
 from pagefold.core.rmap import mergeable_pte
 
@@ -23,9 +23,17 @@ def unstable_tree_search_insert(world: World, item: int, page: int) -> tuple[int
     tree = world.nodes[nid]
     parent = 0
     right = 0
+    key = content_key(world, page)
     here = tree["unstable_root"]
     while here:
         checkpoint(world, GAP_UNSTABLE_NODE)
+        tree_key = world.rmaps[here]["key"]
+        if tree_key != key and not ctl["trees_changed"]:
+            # Since this scan began no page was written or went: what was noted at insertion is still what a look would find.
+            parent = here
+            right = 1 if key > tree_key else 0
+            here = world.rmaps[here]["rb_right"] if right else world.rmaps[here]["rb_left"]
+            continue
         pte = mergeable_pte(world, here)
         if pte == 0:
             return 0, 0
@@ -45,6 +53,7 @@ def unstable_tree_search_insert(world: World, item: int, page: int) -> tuple[int
     entry["flags"] |= layout.RMAP_UNSTABLE
     entry["seqnr"] = ctl["generation"] & 0xFF
     entry["nid"] = nid
+    entry["key"] = key
     tree["unstable_root"] = rbtree.insert(world.rmaps, tree["unstable_root"], parent, right, item)
     ctl["pages_unshared"] += 1
     return 0, 0

@@ -72,7 +72,7 @@ class _Outcome:
     stable_nodes: int
     chains: int
     dups: int
-    frames_before: int  # frames that merged and zero pages are on now
+    frames_left: int  # that no page stays on: they are free then, but for the KSM pages
 
 
 def predict(
@@ -84,7 +84,7 @@ def predict(
     merged = int((state == PageState.MERGED).sum())
     zero = int((state == PageState.ZERO).sum())
     sharing = merged - outcome.stable_nodes
-    metadata = len(table) * RMAP_ITEM_BYTES + (outcome.stable_nodes + outcome.chains) * STABLE_NODE_BYTES
+    items = (len(table) - zero) * RMAP_ITEM_BYTES  # what maps the zero page is not looked at any more
     return Prediction(
         merge_across_nodes=merge_across_nodes,
         use_zero_pages=use_zero_pages,
@@ -96,9 +96,9 @@ def predict(
         ksm_zero_pages=zero,
         stable_node_chains=outcome.chains,
         stable_node_dups=outcome.dups,
-        general_profit=(sharing + zero) * table.page_size - len(table) * RMAP_ITEM_BYTES,
-        saved_bytes=(outcome.frames_before - outcome.stable_nodes) * table.page_size,
-        metadata_bytes=metadata,
+        general_profit=(sharing + zero) * table.page_size - items,
+        saved_bytes=(outcome.frames_left - outcome.stable_nodes) * table.page_size,
+        metadata_bytes=items + (outcome.stable_nodes + outcome.chains) * STABLE_NODE_BYTES,
         processes=tuple(_part(table, state, index) for index in range(len(table.sources))),
     )
 
@@ -116,12 +116,12 @@ def _part(table: PageTable, state: NDArray[np.uint8], index: int) -> ProcessPred
         label=table.sources[index].label,
         pid=table.sources[index].pid,
         pages=len(own),
-        ksm_rmap_items=len(own),
+        ksm_rmap_items=len(own) - zero,
         ksm_merging_pages=merging,
         ksm_zero_pages=zero,
         pages_unshared=int((own == PageState.UNSHARED).sum()),
         pages_volatile=int(_counts_as_volatile(own).sum()),
-        ksm_process_profit=(merging + zero) * table.page_size - len(own) * RMAP_ITEM_BYTES,
+        ksm_process_profit=(merging + zero) * table.page_size - (len(own) - zero) * RMAP_ITEM_BYTES,
     )
 
 
@@ -131,10 +131,9 @@ def _settle(table: PageTable, across: bool, use_zero: bool, limit: int) -> _Outc
     zero = (table.high == 0) & (table.low == 0) & ~table.volatile
     if use_zero:
         state[zero] = PageState.ZERO
-    frames_before = len(np.unique(table.frame[zero])) if use_zero else 0
     calm = np.flatnonzero(~table.volatile & ~zero if use_zero else ~table.volatile)
     if not len(calm):
-        return _Outcome(state, 0, 0, 0, frames_before)
+        return _Outcome(state, 0, 0, 0, _frames_left(table, state))
 
     node = np.zeros(len(calm), np.int16) if across else table.node[calm]
     order = np.lexsort((calm, node, table.low[calm], table.high[calm]))
@@ -160,9 +159,17 @@ def _settle(table: PageTable, across: bool, use_zero: bool, limit: int) -> _Outc
     for one in np.flatnonzero(~alone & (lengths > limit) & (frames < lengths)):
         members = page[starts[one] : starts[one] + lengths[one]]
         nodes[one], state[members] = _play(table.frame[members], limit)
-    frames_before += len(np.unique(table.frame[page[state[page] == PageState.MERGED]]))
     chains = nodes > 1
-    return _Outcome(state, int(nodes.sum()), int(chains.sum()), int(nodes[chains].sum()), frames_before)
+    return _Outcome(state, int(nodes.sum()), int(chains.sum()), int(nodes[chains].sum()), _frames_left(table, state))
+
+
+def _frames_left(table: PageTable, state: NDArray[np.uint8]) -> int:
+    """Count the frames that every page leaves; one that fork left to several stays in use while any of them keeps it."""
+    moves = (state == PageState.MERGED) | (state == PageState.ZERO)
+    left = np.zeros(len(table), np.bool_)
+    left[table.frame[moves]] = True
+    left[table.frame[~moves]] = False
+    return int(left.sum())
 
 
 def _starts(*keys: NDArray[np.generic]) -> NDArray[np.intp]:
@@ -175,28 +182,37 @@ def _starts(*keys: NDArray[np.generic]) -> NDArray[np.intp]:
 
 
 def _play(frames: NDArray[np.int64], limit: int) -> tuple[int, NDArray[np.uint8]]:
-    """Scan one content's pages (frame names in scan order) until nothing changes; return KSM pages and states."""
+    """Scan one content's pages (frame names in scan order) until nothing changes; return KSM pages and states.
+
+    A new KSM page is founded only when no other has room, so at most one has. The frame of the scanned page becomes it, and what fork left
+    on that frame is part of it whatever the limit (spec 4.1); what fork left on the partner's frame is not.
+    """
+    names = frames.tolist()
     state = np.full(len(frames), PageState.FORKED, np.uint8)
-    lengths: list[int] = []
-    changed = True
-    while changed:
-        changed = False
+    founded: set[int] = set()  # frames that are KSM pages
+    newest, mappings = -1, limit  # the KSM page founded last, the only one that may have room
+    left, before = list(range(len(frames))), -1
+    while len(left) != before:
+        before = len(left)
         waiting = -1  # the page in the unstable tree
-        for index, frame in enumerate(frames):
-            if state[index] == PageState.MERGED:
-                continue
-            room = next((i for i, length in enumerate(lengths) if length < limit), None)
-            if room is not None:
-                lengths[room] += 1
-                state[index] = PageState.MERGED
-                changed = True
+        for index in left:
+            frame = names[index]
+            if frame in founded:
+                mappings += frame == newest
+            elif mappings < limit:
+                mappings += 1
             elif waiting < 0:
                 waiting = index
-            elif frames[waiting] != frame:
-                lengths.append(2)
-                state[index] = state[waiting] = PageState.MERGED
+                continue
+            elif names[waiting] != frame:
+                founded.add(frame)
+                newest, mappings = frame, 2
+                state[waiting] = PageState.MERGED
                 waiting = -1
-                changed = True
-        if not changed and waiting >= 0:
-            state[waiting] = PageState.UNSHARED
-    return len(lengths), state
+            else:
+                continue
+            state[index] = PageState.MERGED
+        left = [index for index in left if state[index] != PageState.MERGED]
+    if left:
+        state[left[0]] = PageState.UNSHARED
+    return len(founded), state

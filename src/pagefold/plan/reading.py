@@ -51,6 +51,11 @@ class Reader:
         wanted = [_pid(word) for word in pids]
         if all_mine:
             wanted += [pid for pid in list_mine(self.proc) if pid not in wanted]
+        if all_mine and not wanted and not images:
+            raise NotPermitted(
+                "--all-mine: this user has no process that can be read: start one, "
+                "or run with CAP_SYS_PTRACE (as root) to read those of others"
+            )
         if not wanted and not images:
             raise UsageError("nothing to plan: give PIDs, --all-mine, or --image FILE (see pagefold plan --help)")
         for pid in dict.fromkeys(wanted):
@@ -113,9 +118,10 @@ class _Steps:
 
 def _pid(word: str) -> int:
     """Return the number of a process, or raise UsageError."""
-    if not word.isascii() or not word.isdigit() or not 0 < int(word) < 2**31:
+    digits = word.lstrip("0") if word.isascii() and word.isdigit() else ""
+    if not 1 <= len(digits) <= 10 or int(digits) >= 2**31:
         raise UsageError(f"{word!r} is not a PID; give the number of a running process")
-    return int(word)
+    return int(digits)
 
 
 def _sharing_limit(wanted: str | int | None, ksm: Path) -> int:

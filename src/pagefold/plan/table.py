@@ -22,7 +22,7 @@ class PageTable:
     high: NDArray[np.uint64]
     low: NDArray[np.uint64]
     node: NDArray[np.int16]  # unknown nodes count as node 0
-    frame: NDArray[np.int64]  # a name for the physical page: equal where pages share one as fork leaves them
+    frame: NDArray[np.int64]  # a name: index of the first page that is on it (fork leaves several)
     volatile: NDArray[np.bool_]
     page_size: int
 

@@ -55,6 +55,6 @@ def size(value: int) -> str:
     amount = float(value)
     for unit in ("KiB", "MiB", "GiB", "TiB"):
         amount /= 1024
-        if abs(amount) < 1024 or unit == "TiB":
+        if round(abs(amount), 1) < 1024 or unit == "TiB":
             return f"{amount:,.1f} {unit}"
     raise AssertionError("unreachable")

@@ -7,10 +7,12 @@ from dataclasses import asdict, fields
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pagefold.plan.prediction import Prediction, ProcessPrediction
 from pagefold.plan.report import Report
 from pagefold.view.fields import FIELDS, show, size
+from pagefold.view.line import one_line
 
 _TOTALS = tuple(field.name for field in fields(Prediction) if field.name in FIELDS)
 _COLUMNS = ("pages", "ksm_merging_pages", "pages_unshared", "pages_volatile", "ksm_zero_pages", "ksm_process_profit")
@@ -79,7 +81,8 @@ def _per_process(prediction: Prediction) -> Table:
     for name in _COLUMNS:
         table.add_column(name, justify="right")
     for one in prediction.processes:
-        table.add_row(one.label, *(show(name, getattr(one, name)) for name in _COLUMNS))
+        # Text, for a process may be named like a markup tag of rich.
+        table.add_row(Text(one_line(one.label)), *(show(name, getattr(one, name)) for name in _COLUMNS))
     if len(prediction.processes) > 1:
         table.add_section()
         table.add_row("in total", *(show(name, _sum(prediction.processes, name)) for name in _COLUMNS))
