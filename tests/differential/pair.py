@@ -31,6 +31,8 @@ KNOBS: dict[str, tuple[Any, ...]] = {
     "pages_to_scan": (5, 100, -1),
     "sleep_millisecs": (0, 20),
 }
+# Zero, contents that only their low halves tell apart, and contents that differ in the keys searches go by.
+CONTENTS = (0, 1, 2, 5 << 96, (5 << 96) + 1, 9 << 120)
 # How often each operation is drawn by the stress; Hypothesis draws them evenly and shrinks.
 WEIGHTS = (
     dict(spawn=2, mmap=4, munmap=2, write=20, read=3, madvise=4, merge_any=2, fork=3, exit=2, pin=2, unpin=2)
@@ -135,8 +137,8 @@ class Pair:
         if (where := self.page(a, b, c)) is not None:
             number, area, index = where
             self.both(
-                lambda: self.process(number).write(area, index, d % 5),
-                lambda: self.twin.write(number, area.start + index, d % 5),
+                lambda: self.process(number).write(area, index, CONTENTS[d % len(CONTENTS)]),
+                lambda: self.twin.write(number, area.start + index, CONTENTS[d % len(CONTENTS)]),
             )
 
     def do_read(self, a: int, b: int, c: int, d: int) -> None:

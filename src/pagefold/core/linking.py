@@ -23,6 +23,7 @@ _Library: Any = getattr(codegen, "CPUCodeLibrary", None)
 _Codegen: Any = getattr(codegen, "JITCPUCodegen", None)
 _NEEDED = (
     "finalize",
+    "_optimize_functions",
     "_optimize_final_module",
     "_finalize_dynamic_globals",
     "_raise_if_finalized",
@@ -76,6 +77,7 @@ def _names_below(library: Any) -> set[str]:
 def _install() -> None:
     """Teach Numba's code library the deferred way, for inner functions of this package only."""
     plain_finalize = _Library.finalize
+    plain_optimize_functions = _Library._optimize_functions
     plain_optimize = _Library._optimize_final_module
     plain_set_env = _Codegen.set_env
 
@@ -102,7 +104,15 @@ def _install() -> None:
         if getattr(_state, "depth", 0) == 0:
             plain_set_env(self, env_name, env)
 
+    def optimize_functions(self: Any, module: Any) -> None:
+        # An entry optimises all of it together; doing each function alone before saved nothing.
+        if getattr(_state, "depth", 0):
+            module.data_layout = self._codegen._data_layout
+        else:
+            plain_optimize_functions(self, module)
+
     _Library.finalize = finalize
+    _Library._optimize_functions = optimize_functions
     _Library._optimize_final_module = optimize
     _Codegen.set_env = set_env
 

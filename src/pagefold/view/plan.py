@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, fields
 
 from rich.console import Console
@@ -15,7 +16,15 @@ from pagefold.view.fields import FIELDS, show, size
 from pagefold.view.line import one_line
 
 _TOTALS = tuple(field.name for field in fields(Prediction) if field.name in FIELDS)
-_COLUMNS = ("pages", "ksm_merging_pages", "pages_unshared", "pages_volatile", "ksm_zero_pages", "ksm_process_profit")
+_COLUMNS = {  # field: short title
+    "pages": "pages",
+    "ksm_merging_pages": "merging",
+    "pages_unshared": "unshared",
+    "pages_volatile": "volatile",
+    "ksm_zero_pages": "zero",
+    "ksm_process_profit": "profit",
+}
+_PIPE_WIDTH = 120  # columns, where there is no terminal to ask
 
 
 def print_json(report: Report) -> None:
@@ -48,7 +57,7 @@ def print_json(report: Report) -> None:
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print what merging would do in total and per process, the effect of use_zero_pages, and the notes."""
-    console = console or Console(soft_wrap=False)
+    console = console or Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     across, apart = report.prediction(1, 0), report.prediction(0, 0)
     console.print(_totals(across, apart))
     console.print(_per_process(across))
@@ -76,10 +85,13 @@ def _totals(across: Prediction, apart: Prediction) -> Table:
 
 
 def _per_process(prediction: Prediction) -> Table:
-    table = Table(title="Per process (merge_across_nodes 1)", title_justify="left")
+    caption = "profit is the kernel's own figure: it counts every merging page, so the sum is more than what is saved"
+    table = Table(
+        title="Per process (merge_across_nodes 1)", title_justify="left", caption=caption, caption_justify="left"
+    )
     table.add_column("process")
-    for name in _COLUMNS:
-        table.add_column(name, justify="right")
+    for title in _COLUMNS.values():
+        table.add_column(title, justify="right")
     for one in prediction.processes:
         # Text, for a process may be named like a markup tag of rich.
         table.add_row(Text(one_line(one.label)), *(show(name, getattr(one, name)) for name in _COLUMNS))

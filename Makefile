@@ -1,0 +1,44 @@
+# Two commands do everything: `make run` and `make test`. Both set up what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-modes lint test-deps bench clean
+
+help: ## Say what there is to make
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo]'
+	touch $(READY)
+
+run: $(READY) ## Start five real workers, four with the same data, and plan their memory
+	$(BIN)/python examples/plan_workers.py
+
+test: $(READY) ## Run the whole test suite
+	$(BIN)/python -m pytest
+
+test-modes: $(READY) ## Run it uncompiled, and compiled with bounds checks
+	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q
+	NUMBA_BOUNDSCHECK=1 $(BIN)/python -m pytest -q
+
+lint: $(READY) ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-deps: ## Install system packages that some tests need (Debian, root); without them those tests say that they skip
+	@if command -v gcore >/dev/null; then echo "test-deps: gcore is there"; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq gdb; \
+	else echo "test-deps: gcore (package gdb) is missing and cannot be installed here"; fi
+
+bench: $(READY) ## Measure, against the kernel, in one run
+	$(BIN)/python benchmarks/engine_scan.py
+	$(BIN)/python benchmarks/plan_read.py
+	$(BIN)/python benchmarks/start_up.py
+
+clean: ## Remove what was made
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
