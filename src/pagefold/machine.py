@@ -20,6 +20,7 @@ from pagefold.errors import KnobBusy, NoSuchProcess, OutOfMemory, UsageError
 Kind = Literal["anonymous", "shared", "file", "hugetlb", "pfnmap", "io"]
 KINDS: tuple[Kind, ...] = ("anonymous", "shared", "file", "hugetlb", "pfnmap", "io")
 MAX_NODES = 1024
+MAX_VPN = 2**52  # page numbers of 64-bit addresses
 _LOW = 2**64 - 1
 _ERRNO = {
     layout.ABSENT: errno.ENOENT,
@@ -61,15 +62,18 @@ class Process:
         self.pid = pid
         self.alive = True
         self._pins: dict[int, list[int]] = {}
-        self._locks: dict[int, int] = {}
+        self._locks: dict[int, list[int]] = {}
 
     def __repr__(self) -> str:
         return f"<Process {self.pid}{'' if self.alive else ' (exited)'}>"
 
     def _do(self, code: int, b: int = 0, c: int = 0, d: int = 0) -> int:
+        self._check_alive()
+        return self.machine._arena.run(doors.execute, code, self.mm, b, c, d)
+
+    def _check_alive(self) -> None:
         if not self.alive:
             raise NoSuchProcess(f"process {self.pid} of this machine has exited")
-        return self.machine._arena.run(doors.execute, code, self.mm, b, c, d)
 
     def mmap(self, pages: int, *, node: int | None = None, kind: Kind = "anonymous", at: int = 0) -> Area:
         """Map `pages` untouched pages, wanted on `node` (default: the process's own), at page number `at` if given."""
@@ -79,9 +83,12 @@ class Process:
             raise UsageError(f"kind {kind!r} is not known; use one of {', '.join(KINDS)}")
         if node is not None:
             self.machine.check_node(node)
+        self._check_alive()
         least = int(self.machine.world.mms[self.mm]["next_vpn"])
-        if at and at < least:
-            raise UsageError(f"address {at} is taken or passed; use {least} or more, or 0 for the next free one")
+        if at and not least <= at <= MAX_VPN:
+            raise UsageError(
+                f"address {at} is taken, passed or absurd; use {least} to {MAX_VPN}, or 0 for the next free one"
+            )
         flags = 0 if kind == "anonymous" else layout.VMA_SHARED
         start = self._do(events.MAP, at, pages, flags * 65536 + (0 if node is None else node + 1))
         return Area(start, pages)
@@ -100,8 +107,19 @@ class Process:
 
     def load(self, area: Area, contents: npt.NDArray[np.void], nodes: npt.NDArray[np.int16] | None = None) -> None:
         """Write many pages from the area's first: records of (hi, lo), each on its node (-1: as the area wishes)."""
+        self._check_alive()
+        if len(contents) > area.pages:
+            raise UsageError(f"{len(contents)} contents do not fit into an area of {area.pages} pages")
         nids = np.full(len(contents), -1, np.int16) if nodes is None else nodes
+        if len(nids) != len(contents):
+            raise UsageError(f"nodes are given for {len(nids)} pages, but there are {len(contents)} contents")
+        if len(nids) and not -1 <= int(nids.min()) <= int(nids.max()) < self.machine.nodes:
+            raise UsageError(f"nodes {nids.min()} to {nids.max()} do not exist; use -1 to {self.machine.nodes - 1}")
         status = self.machine._arena.run(doors.load, self.mm, area.start, contents.astype(layout.content), nids)
+        if status == layout.NO_AREA:
+            raise UsageError(
+                f"pages {area.start} to {area.start + len(contents) - 1} are not mapped, or not as one area"
+            )
         if status != len(contents):
             raise OutOfMemory(f"{len(contents)} pages do not fit into the machine; {max(status, 0)} did")
 
@@ -157,14 +175,14 @@ class Process:
     def lock(self, area: Area, index: int) -> None:
         """Lock the page's frame as another user of it would."""
         vpn = area.vpn(index)
-        self._locks[vpn] = self._check(self._do(events.LOCK, vpn), area, index)
+        self._locks.setdefault(vpn, []).append(self._check(self._do(events.LOCK, vpn), area, index))
 
     def unlock(self, area: Area, index: int) -> None:
-        """Unlock the frame that `lock` locked."""
-        held = self._locks.pop(area.vpn(index), 0)
+        """Unlock the frame that `lock` locked last for that page."""
+        held = self._locks.get(area.vpn(index))
         if not held:
             raise UsageError(f"page {index} was not locked by process {self.pid}")
-        self.machine._arena.run(doors.execute, events.UNLOCK, held, 0, 0, 0)
+        self.machine._arena.run(doors.execute, events.UNLOCK, held.pop(), 0, 0, 0)
 
     def move_pages(self, area: Area, wishes: Mapping[int, int]) -> dict[int, int]:
         """Move pages to nodes; per page the node where it is now, or a negative errno (move_pages, MPOL_MF_MOVE_ALL)."""
@@ -183,8 +201,7 @@ class Process:
 
     def ksm_stat(self) -> dict[str, int]:
         """Return the counters of /proc/PID/ksm_stat."""
-        if not self.alive:
-            raise NoSuchProcess(f"process {self.pid} of this machine has exited")
+        self._check_alive()
         record = self.machine.world.mms[self.mm]
         items, merging, zero = (int(record[k]) for k in ("ksm_rmap_items", "ksm_merging_pages", "ksm_zero_pages"))
         profit = (merging + zero) * layout.PAGE_SIZE - items * layout.RMAP_ITEM_BYTES
@@ -273,6 +290,9 @@ class Machine:
     def add_memory(self, node: int, frames: int) -> None:
         """Hot-add frames to a node."""
         self.check_node(node)
+        if not 0 <= frames < arena.MAX_INDEX - len(self.world.frames):
+            most = arena.MAX_INDEX - len(self.world.frames) - 1
+            raise UsageError(f"{frames} frames cannot be added; use 0 to {most}")
         self._arena.world = arena.add_frames(self.world, node, frames)
 
     def free_frames(self, node: int) -> int:

@@ -5,6 +5,7 @@ Every knob is a file of /sys/kernel/mm/ksm. Must not know the engine: whether a 
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,9 +84,9 @@ def parse(knob: Knob, value: int | str) -> int:
             raise KnobInvalid(knob.name, f"{value!r} is not a mode; use {' or '.join(ADVISOR_MODES)}")
         return ADVISOR_MODES.index(str(value))
     try:
-        number = int(value)
-    except ValueError:
-        raise KnobInvalid(knob.name, f"{value!r} is not a whole number") from None
+        number = int(value) if isinstance(value, str) else operator.index(value)
+    except (ValueError, TypeError):
+        raise KnobInvalid(knob.name, f"{value!r} is not a whole number; use {knob.low} to {knob.high}") from None
     if not knob.low <= number <= knob.high:
         raise KnobInvalid(knob.name, f"{number} is out of range; use {knob.low} to {knob.high}")
     return number

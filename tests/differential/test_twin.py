@@ -399,8 +399,9 @@ def test_a_stale_node_without_rmap_items_stays_while_the_ring_is_empty():
     twin.exit(2)
     full(twin)
     twin.move_page(1, PAGE, 1)
-    twin.lock(3, PAGE)
+    lock = twin.lock(3, PAGE)
     twin.scan(1)  # busy: the node waits without rmap_items
+    twin.unlock(lock)
     for mm in (1, 3, 4):
         twin.exit(mm)
     for _ in range(3):

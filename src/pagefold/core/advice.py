@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pagefold.core import layout
 from pagefold.core.compiler import jit
-from pagefold.core.frames import journal_room
+from pagefold.core.frames import INTENTS_PER_PAGE, journal_room
 from pagefold.core.layout import World
 from pagefold.core.memory import break_page
 from pagefold.core.ring import ksm_enter
@@ -15,7 +15,7 @@ from pagefold.core.space import cut_vma, vma_from
 def unmerge_ksm_pages(world: World, vma: int, start: int, end: int) -> int:
     """Break every merged page of the area in [start, end); NO_MEMORY or NEED_JOURNAL leave the rest merged."""
     for vpn in range(max(start, world.vmas[vma]["start"]), min(end, world.vmas[vma]["end"])):
-        if not journal_room(world, 1):
+        if not journal_room(world, 1 + INTENTS_PER_PAGE):  # in the middle of a scan, what the scan counts on stays free
             return layout.NEED_JOURNAL
         status = break_page(world, vma, vpn)
         if status < 0:

@@ -197,7 +197,7 @@ def grow(world: World, need: int, at_least: int = 0) -> World:
     if (
         need == layout.NEED_RMAPS
     ):  # there will not be more items than page-table entries: grow once and not twenty times
-        at_least = int(world.ctl[0]["ptes_used"]) - len(world.rmaps)
+        at_least = max(at_least, int(world.ctl[0]["ptes_used"]) - len(world.rmaps))
     for name in _GROWS[need]:
         array = getattr(world, name)
         if name == "shadow" and not world.ctl[0]["shadow_on"]:

@@ -55,7 +55,7 @@ def apply_event(world: World, code: int, a: int, b: int, c: int, d: int) -> int:
     if not is_live(world, a):
         return layout.NO_PROCESS
     if code == WRITE:
-        return memory.write_page(world, a, b, np.uint64(d), np.uint64(c))
+        return memory.write_page(world, a, b, np.uint64(np.int64(d)), np.uint64(np.int64(c)))
     if code == TOUCH:
         return memory.touch_page(world, a, b)
     if code == PIN:

@@ -12,6 +12,7 @@ from pagefold.core.compiler import jit
 from pagefold.core.layout import World
 
 _HALF = np.uint64(32)
+INTENTS_PER_PAGE = 4  # the most one step of the scan can write: protect, redirect, and two breaks
 
 
 @jit

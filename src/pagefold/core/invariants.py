@@ -401,7 +401,7 @@ def check_ring(world: World) -> tuple[int, int]:
 
 @jit
 def check_sharing_limit(world: World) -> tuple[int, int]:
-    """Check that a list longer than max_page_sharing has more mappings by fork than merging alone could have made."""
+    """Check that no list is longer than max_page_sharing unless a fork or a migration let it (spec 4.1)."""
     ctl = world.ctl[0]
     if ctl["rules"] == layout.CLASSIC:
         return 0, 0
@@ -409,7 +409,7 @@ def check_sharing_limit(world: World) -> tuple[int, int]:
         entry_ = world.stables[node]
         if entry_["place"] in (layout.FREE, layout.CHAIN) or entry_["rmap_hlist_len"] <= ctl["max_page_sharing"]:
             continue
-        if not ctl["forks"]:
+        if not ctl["bypasses"]:
             return LISTS, node
     return 0, 0
 

@@ -73,7 +73,6 @@ ctl = np.dtype(
         ("cursor_mm", "i4"),  # 0: the ring's head
         ("cursor_vma", "i4"),  # hint: the area of cursor_vpn, checked before use
         ("cursor_rmap", "i4"),  # last rmap_item passed in this mm, 0 at the list's head
-        ("cursor_pte", "i4"),  # page-table entry of the page just returned
         ("cursor_vpn", "i8"),  # next address to look at; 0 when no mergeable area was met in this mm
         ("scan_page", "i4"),  # frame of the page just returned, referenced
         # warm.py: how far it has looked ahead in this mm, and its lanes
@@ -100,7 +99,7 @@ ctl = np.dtype(
         # what would be a broken promise, counted at the moment it happens (invariants: placement, refuse)
         ("placement_broken", "i4"),
         ("refuse_broken", "i4"),
-        ("forks", "i8"),  # since the world was made: only fork may exceed max_page_sharing
+        ("bypasses", "i8"),  # forks, and migrations of KSM pages: only after these may max_page_sharing be exceeded
         # checkpoints
         ("armed", "i4"),  # 0: checkpoint() is nothing
         ("schedule_next", "i4"),

@@ -274,7 +274,7 @@ def fork(world: World, parent: int, node: int) -> int:
     if status < 0:
         exit_mm(world, mm)
         return status
-    world.ctl[0]["forks"] += 1
+    world.ctl[0]["bypasses"] += 1
     if world.mms[parent]["flags"] & layout.MM_REGISTERED:
         ksm_enter(world, mm)
     return mm
@@ -311,6 +311,7 @@ def migrate_frame(world: World, pfn: int, fresh: int, entry_flags: int) -> None:
         target["mapping"] = frame["mapping"]
         if frame["mapping"] > layout.KSM_LONE:
             world.stables[frame["mapping"]]["kpfn"] = fresh
+            world.ctl[0]["bypasses"] += 1
         frame["mapping"] = 0
     frame["first_pte"] = 0
     frame["mapcount"] = 0

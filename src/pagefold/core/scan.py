@@ -8,7 +8,7 @@ from pagefold.core import layout
 from pagefold.core.arena import has_stables
 from pagefold.core.checkpoint import checkpoint
 from pagefold.core.compiler import entry, jit
-from pagefold.core.frames import get_page, journal_room, put_page, stable_node_of, swap_nid
+from pagefold.core.frames import INTENTS_PER_PAGE, get_page, journal_room, put_page, stable_node_of, swap_nid
 from pagefold.core.layout import GAP_MERGED, GAP_PAGE_CHOSEN, GAP_SEARCHED, World
 from pagefold.core.merge import (
     ZERO_PAGE,
@@ -34,7 +34,6 @@ from pagefold.core.warm import warm
 
 _SHIFT = np.uint64(32)
 _LOW = np.uint64(0xFFFFFFFF)
-INTENTS_PER_PAGE = 4  # the most one page step can write: protect, redirect, and two breaks
 
 
 @jit
@@ -106,7 +105,7 @@ def begin_full_scan(world: World) -> None:
 def next_in_mm(world: World, mm: int) -> int:
     """Find the next page of the mm to look at: return its rmap_item, 0 at the end, or NEED_RMAPS.
 
-    The page is ctl.scan_page, referenced, and its entry ctl.cursor_pte.
+    The page is ctl.scan_page, referenced.
     """
     ctl = world.ctl[0]
     if not world.mms[mm]["flags"] & layout.MM_LIVE:
@@ -136,21 +135,27 @@ def next_in_vma(world: World, mm: int, vma: int) -> int:
         if ctl["cursor_vpn"] >= ctl["warm_until"]:
             warm(world, vma)
         pte = pte_of(world, vma, ctl["cursor_vpn"])
-        if world.ptes[pte]["flags"] & layout.PTE_PRESENT:
-            item = get_next_rmap_item(world, mm, ctl["cursor_rmap"], ctl["cursor_vpn"])
-            if item == 0:
-                return layout.NEED_RMAPS
+        if not world.ptes[pte]["flags"] & layout.PTE_PRESENT:
+            ctl["cursor_vpn"] += 1
+            continue
+        # Items passed on the way look through keyholes, where others may act: the page is referenced and the area held first.
+        page = world.ptes[pte]["pfn"]
+        get_page(world, page)
+        world.mms[mm]["flags"] |= layout.MM_LOCKED
+        item = get_next_rmap_item(world, mm, ctl["cursor_rmap"], ctl["cursor_vpn"])
+        skipped = False
+        if item:
             ctl["cursor_rmap"] = item
             ctl["cursor_vpn"] += 1
-            page = world.ptes[pte]["pfn"]
-            if not should_skip(world, item, page):
-                world.rmaps[item]["vma"] = vma
-                ctl["scan_page"] = page
-                ctl["cursor_pte"] = pte
-                get_page(world, page)
-                return item
-        else:
-            ctl["cursor_vpn"] += 1
+            world.rmaps[item]["vma"] = vma
+            skipped = should_skip(world, item, page)
+        world.mms[mm]["flags"] &= ~layout.MM_LOCKED
+        if item and not skipped:
+            ctl["scan_page"] = page
+            return item
+        put_page(world, page)
+        if item == 0:
+            return layout.NEED_RMAPS
     return 0
 
 
