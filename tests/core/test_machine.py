@@ -86,7 +86,7 @@ REFUSALS: dict[str, tuple[Act, type[PagefoldError], str]] = {
     "map too much": (lambda m, p, a: p.mmap(2**31), UsageError, "2147483648 pages .* use 1 to"),
     "map a kind": (lambda m, p, a: p.mmap(1, kind="stack"), UsageError, "'stack' is not known; use one of anon"),  # type: ignore[arg-type]
     "map for no node": (lambda m, p, a: p.mmap(1, node=2), UsageError, "node 2 does not exist; use 0 to 1"),
-    "map where something was": (lambda m, p, a: p.mmap(1, at=17), UsageError, "address 17 .* use 21 to \d+, or 0"),
+    "map where something was": (lambda m, p, a: p.mmap(1, at=17), UsageError, "address 17 .* use 21 to [0-9]+, or 0"),
     "page beyond an area": (lambda m, p, a: p.write(a, 4, 1), UsageError, "page 4 .* of 4 pages; use 0 to 3"),
     "page before an area": (lambda m, p, a: p.read(a, -1), UsageError, "page -1 .* of 4 pages; use 0 to 3"),
     "negative content": (lambda m, p, a: p.write(a, 0, -1), UsageError, "content -1 .* use 0 to 2"),
