@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagefold.core import invariants, layout, rbtree
+from pagefold.core import judge_merger, layout, rbtree
 from pagefold.core.compiler import entry
 from pagefold.core.layout import Records
 from tests.conftest import scaled
@@ -45,7 +45,7 @@ def following(a: Records, node: int) -> int:
 
 @entry
 def nodes_if_sound(a: Records, root: int) -> int:
-    return invariants.tree_is_sound(a, root)
+    return judge_merger.tree_is_sound(a, root)
 
 
 class Tree:

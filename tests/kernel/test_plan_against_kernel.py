@@ -98,6 +98,16 @@ def forks_alone(crew: list[Worker]) -> None:
     crew[1].do("fill", [50, 51])
 
 
+def forks_over_the_limit(crew: list[Worker]) -> None:
+    crew[0].do("fill", [1, 2, 3, 4, 5, 0, 0])
+    for _ in range(4):
+        crew[0].do("fork", [])
+    crew[1].do("fill", [1, 2, 3, 20, 20, 0, 0])
+    for _ in range(2):
+        crew[1].do("fork", [])
+    crew[2].do("fill", [1, 1, 1, 2, 2, 20, 0])
+
+
 def many_equal(crew: list[Worker]) -> None:
     crew[0].do("fill", [1] * 7 + [2] * 4 + [3] * 3)
     crew[1].do("fill", [1] * 6 + [2] * 1 + [4])
@@ -133,6 +143,8 @@ CASES = [
     Case(many_equal),
     Case(many_equal, {"max_page_sharing": 2}),
     Case(many_equal, {"max_page_sharing": 3}),
+    Case(forks_over_the_limit, {"max_page_sharing": 2}),
+    Case(forks_over_the_limit, {"max_page_sharing": 3, "use_zero_pages": 1}),
     Case(real_table),
 ]
 

@@ -110,7 +110,7 @@ def test_list_mine_of_a_fake_proc(tmp_path: Path) -> None:
 
 def test_unknown_pid() -> None:
     pid = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
-    with pytest.raises(NoSuchProcess, match=f"^PID {pid}: no such process$"):
+    with pytest.raises(NoSuchProcess, match=f"^PID {pid}: no such process; give the PID of one that runs$"):
         ProcessReader(pid)
 
 

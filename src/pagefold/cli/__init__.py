@@ -5,7 +5,6 @@ Every verb imports what it needs when it runs, so that `pagefold --help` loads n
 
 from __future__ import annotations
 
-import os
 import sys
 
 
@@ -20,6 +19,3 @@ def main() -> None:
     except PagefoldError as error:
         print(f"pagefold: {one_line(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)

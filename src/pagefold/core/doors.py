@@ -69,6 +69,7 @@ def share(world: World, mm: int, vpn: int, other_mm: int, other_vpn: int) -> int
     if world.ptes[pte]["flags"] or not world.ptes[source]["flags"] & layout.PTE_PRESENT:
         return layout.ABSENT
     world.ptes[source]["flags"] &= ~layout.PTE_WRITABLE
+    world.ctl[0]["bypasses"] += 1
     map_page(world, pte, world.ptes[source]["pfn"], layout.PTE_PRESENT)
     if world.ctl[0]["shadow_on"]:
         world.shadow[pte]["hi"] = world.shadow[source]["hi"]

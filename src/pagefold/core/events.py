@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagefold.core import layout, memory
+from pagefold.core import layout, memory, migration
 from pagefold.core.advice import advise, set_merge_any
 from pagefold.core.compiler import jit
 from pagefold.core.layout import World
@@ -49,9 +49,9 @@ def apply_event(world: World, code: int, a: int, b: int, c: int, d: int) -> int:
     if code == SPAWN:
         return memory.spawn(world, a)
     if code == UNPIN:
-        return memory.unpin_frame(world, a)
+        return migration.unpin_frame(world, a)
     if code == UNLOCK:
-        return memory.unlock_frame(world, a)
+        return migration.unlock_frame(world, a)
     if not is_live(world, a):
         return layout.NO_PROCESS
     if code == WRITE:
@@ -59,13 +59,13 @@ def apply_event(world: World, code: int, a: int, b: int, c: int, d: int) -> int:
     if code == TOUCH:
         return memory.touch_page(world, a, b)
     if code == PIN:
-        return memory.pin_page(world, a, b)
+        return migration.pin_page(world, a, b)
     if code == LOCK:
-        return memory.lock_frame(world, a, b)
+        return migration.lock_frame(world, a, b)
     if code == MOVE:
-        return memory.move_page(world, a, b, c)
+        return migration.move_page(world, a, b, c)
     if code == SWAP_OUT:
-        return memory.swap_out(world, a, b)
+        return migration.swap_out(world, a, b)
     if code == REFUSE:
         return refuse_page(world, a, b)
     if world.mms[a]["flags"] & layout.MM_LOCKED:

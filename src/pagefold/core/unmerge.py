@@ -8,7 +8,7 @@ from pagefold.core.compiler import jit
 from pagefold.core.frames import forget_stable_node, put_page, swap_nid
 from pagefold.core.keyhole import free_chain, get_ksm_page, remove_node_from_stable_tree
 from pagefold.core.layout import World
-from pagefold.core.memory import empty_node
+from pagefold.core.migration import empty_node
 from pagefold.core.ring import leave_ring
 from pagefold.core.rmap import remove_trailing_rmap_items
 from pagefold.core.scan import stand_on

@@ -78,7 +78,7 @@ def has_memory(pid: int, proc: Path = PROC) -> bool:
 def gone(pid: int, name: str | None = None) -> NoSuchProcess:
     """Make the error for a process that is not there, or, with its name, no longer."""
     if name is None:
-        return NoSuchProcess(f"PID {pid}: no such process")
+        return NoSuchProcess(f"PID {pid}: no such process; give the PID of one that runs")
     return NoSuchProcess(f"PID {pid} ({name}) ended while it was being read")
 
 

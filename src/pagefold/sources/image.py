@@ -40,7 +40,9 @@ def read_image(path: Path | str, progress: Progress | None = None, *, page_size:
         try:
             contents = read_pages(MemoryReader(fd, living=False), offset, size, progress)
         except OSError as error:
-            raise NotReadable(f"{path}: {error.strerror}") from None
+            raise NotReadable(
+                f"{path}: {error.strerror}; give a raw memory image or an ELF core that can be read"
+            ) from None
     count = len(address)
     pages = Pages(
         label=name,
@@ -90,7 +92,9 @@ def _opened(path: Path) -> Iterator[int]:
         # Non-blocking, so that a FIFO nobody writes to is refused rather than waited for.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise NotReadable(f"{path}: {error.strerror}") from None
+        raise NotReadable(
+            f"{path}: {error.strerror}; give a raw memory image or an ELF core that can be read"
+        ) from None
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise NotReadable(f"{path}: not a regular file: copy the memory into a file first")

@@ -66,7 +66,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     zero = report.prediction(1, 1)
     if zero.ksm_zero_pages:
         console.print(
-            f"{zero.ksm_zero_pages:,} pages are full of zeroes: use_zero_pages 1 would save {size(zero.saved_bytes)} in all."
+            f"Pages full of zeroes: {zero.ksm_zero_pages:,}; with use_zero_pages 1 merging would save {size(zero.saved_bytes)} in all."
         )
     for note in report.notes:
         console.print(f"Note: {note}.", highlight=False)
