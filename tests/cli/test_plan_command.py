@@ -121,7 +121,7 @@ def test_the_table(specimen: Make) -> None:
     assert re.search(r"pages_sharing\W+15\W+15\W", result.stdout)
     assert re.search(r"in total\W+30\W+26\W+4\W+0\W+0\W", result.stdout)
     assert "Merging would save 60.0 KiB, and cost 2,624 B of kernel memory; 60.0 KiB if" in result.stdout
-    assert "Pages full of zeroes: 6: use_zero_pages 1 would save 64.0 KiB in all." in result.stdout
+    assert "Pages full of zeroes: 6; with use_zero_pages 1 merging would save 64.0 KiB in all." in result.stdout
     for pid in pids:
         assert f"[{pid}]" in result.stdout
 
