@@ -41,7 +41,9 @@ def main() -> int:
         for worker in workers:
             assert worker.stdout is not None
             rows, size = worker.stdout.readline().split()
-            print(f"  process {worker.pid}: {int(rows):,} rows, {int(size) / 2**20:.1f} MiB of columns", file=sys.stderr)
+            print(
+                f"  process {worker.pid}: {int(rows):,} rows, {int(size) / 2**20:.1f} MiB of columns", file=sys.stderr
+            )
         pids = [str(worker.pid) for worker in workers]
         return subprocess.run([str(pagefold), "plan", *pids, *sys.argv[1:]], check=False).returncode
     finally:

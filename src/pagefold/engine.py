@@ -54,10 +54,14 @@ class Counters:
 
 @dataclass(frozen=True)
 class Intent:
-    """One mapping change of the engine: page `vpn` of process `pid`, from `old_frame` to `new_frame` (0: none)."""
+    """One mapping change of the engine: page `vpn` of an mm, from `old_frame` to `new_frame` (0: none).
+
+    `serial` tells the mm from one that has its number later.
+    """
 
     kind: IntentKind
     mm: int
+    serial: int
     vpn: int
     old_frame: int
     new_frame: int
@@ -154,6 +158,7 @@ class Engine:
     def get(self, name: str) -> int | str:
         """Return a knob or a counter by the kernel's name."""
         if name in settings.KNOBS:
+            settings.find(name, self.rules)
             value = self._knobs[name]
             if name == "run":
                 return value | (4 if self._ctl["offlining"] else 0)
@@ -326,17 +331,21 @@ class Engine:
         world = self.machine.world
         written = world.journal[: int(world.ctl[0]["journal_used"])]
         answer = [
-            Intent(_KINDS[int(one["kind"]) - 1], *(int(one[k]) for k in ("mm", "vpn", "old_pfn", "new_pfn")))
+            Intent(_KINDS[int(one["kind"]) - 1], *(int(one[k]) for k in ("mm", "serial", "vpn", "old_pfn", "new_pfn")))
             for one in written
         ]
         world.ctl[0]["journal_used"] = 0
         return answer
 
-    def refuse(self, intent: Intent) -> None:
-        """Take back one intent that a client could not carry out: as if the process had just written that page."""
-        status = self._arena.run(doors.execute, events.REFUSE, intent.mm, intent.vpn, 0, 0)
+    def refuse(self, intent: Intent) -> bool:
+        """Take back one intent that a client could not carry out: as if the process had just written that page.
+
+        False if the process or the page is gone meanwhile: then there is nothing to take back.
+        """
+        status = self._arena.run(doors.execute, events.REFUSE, intent.mm, intent.vpn, intent.serial, 0)
         if status == layout.NO_MEMORY:
             raise OutOfMemory(f"no frame is left for page {intent.vpn} of mm {intent.mm}; it stays merged")
+        return status >= 0
 
     # --- its judge ------------------------------------------------------------------------------------------------------
 

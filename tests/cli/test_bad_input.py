@@ -128,8 +128,12 @@ def test_files_that_are_no_image(make: Callable[[Path], Path], parts: list[str],
     assert result.returncode == 1
 
 
-def test_of_several_failures_the_first_is_told(tmp_path: Path) -> None:
-    assert "no such process" in refusal(run("plan", 2**31 - 1, "--image", missing(tmp_path)))
+def test_of_several_failures_all_are_told(tmp_path: Path) -> None:
+    result = run("plan", 2**31 - 1, "--image", missing(tmp_path))
+    assert (result.returncode, result.stdout) == (1, "")
+    first, last = result.stderr.splitlines()
+    assert first.startswith("pagefold: left out: ") and "No such file" in first
+    assert last.startswith("pagefold: PID 2147483647: no such process")
 
 
 def test_pagefold_itself() -> None:

@@ -69,7 +69,9 @@ def figures(prediction: dict[str, Any], *names: str) -> list[int]:
 
 def test_json_has_stable_names(specimen: Make) -> None:
     answer = plan_json("--max-page-sharing", 9, specimen(KNOWN).pid)
-    assert set(answer) == {"page_size", "max_page_sharing", "predictions", "sources", "skipped", "notes"}
+    settings = {"format", "page_size", "max_page_sharing", "smart_scan", "interval", "advised_only"}
+    assert set(answer) == settings | {"predictions", "sources", "skipped", "notes"}
+    assert (answer["format"], answer["smart_scan"], answer["advised_only"]) == (1, 0, False)
     assert (answer["page_size"], answer["max_page_sharing"], answer["skipped"]) == (PAGE, 9, [])
     assert len(answer["predictions"]) == 4
     for prediction in answer["predictions"]:
@@ -120,7 +122,10 @@ def test_the_table(specimen: Make) -> None:
     assert re.search(r"pages_shared\W+11\W+11\W+KSM pages in use", result.stdout)
     assert re.search(r"pages_sharing\W+15\W+15\W", result.stdout)
     assert re.search(r"in total\W+30\W+26\W+4\W+0\W+0\W", result.stdout)
-    assert "Merging would save 60.0 KiB, and cost 2,624 B of kernel memory; 60.0 KiB if" in result.stdout
+    assert (
+        "Merging would save 60.0 KiB (60.0 KiB if pages of different nodes stay apart), and cost 2,624 B of"
+        in result.stdout
+    )
     assert "Pages full of zeroes: 6; with use_zero_pages 1 merging would save 64.0 KiB in all." in result.stdout
     for pid in pids:
         assert f"[{pid}]" in result.stdout

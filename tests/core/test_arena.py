@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pagefold import Area, Engine, Machine, Process
 from pagefold.core import arena, layout
-from pagefold.errors import UsageError
+from pagefold.errors import OutOfMemory, UsageError
 from tests.conftest import scaled
 from tests.core.worlds import entries, free_runs
 
@@ -89,7 +89,7 @@ def test_growth_keeps_what_was_there_and_says_when_it_is_too_much() -> None:
     more = arena.grow(world, layout.NEED_PTES, 100)
     assert len(more.ptes) >= 102
     assert len(more.shadow) == len(world.shadow), "no shadow: it stays one record"
-    with pytest.raises(MemoryError, match=f"{arena.MAX_INDEX + 3} vmas"):
+    with pytest.raises(OutOfMemory, match=f"{arena.MAX_INDEX + 3} vmas"):
         arena.grow(world, layout.NEED_VMAS, arena.MAX_INDEX + 3 - len(world.vmas))
 
 

@@ -19,7 +19,7 @@ ONE_NODE = "all pages are on one NUMA node: both settings of merge_across_nodes 
 def test_four_predictions_of_one_reading() -> None:
     sources = [source([Page(0, 1, 0), Page(5, 2, 0), Page(5, 3, 1)]), source([Page(0, 4, 1), Page(5, 5, 1)], 7)]
     skipped = [Skipped("9", "PID 9: no such process")]
-    report = make_report(sources, skipped, 3)
+    report = make_report(sources, skipped, 3, interval=1.0)
     assert (report.page_size, report.max_page_sharing, report.skipped) == (4096, 3, tuple(skipped))
     assert report.sources == tuple(sources)
     for across, zero in product((0, 1), repeat=2):
@@ -30,7 +30,7 @@ def test_four_predictions_of_one_reading() -> None:
 
 
 def notes(*pages: Page, pid: int | None = 100, **changes: object) -> tuple[str, ...]:
-    return make_report([replace(source(pages, pid), **changes)], [], 256).notes
+    return make_report([replace(source(pages, pid), **changes)], [], 256, interval=1.0).notes
 
 
 def test_nothing_to_look_at() -> None:
@@ -56,3 +56,17 @@ def test_everything_left_out_is_counted() -> None:
         assert note.startswith(f"left out: {number:,} pages ")
     everything = notes(Page(1, 1), **dict.fromkeys(counts, 1))
     assert len(everything) == len(set(everything)) == 1 + len(counts)
+
+
+def test_a_single_look_is_said() -> None:
+    (note,) = make_report([source([Page(1, 1)])], [], 256).notes[-1:]
+    assert note.startswith("processes were looked at once")
+
+
+def test_frames_shared_with_processes_outside_the_plan_are_not_saved() -> None:
+    inside = source([Page(5, 1), Page(5, 2), Page(5, 3)])
+    inside.exclusive[:2] = False  # two of the three frames are mapped by somebody who is not planned
+    report = make_report([inside], [], 256, interval=1.0)
+    assert report.prediction(1, 0).pages_sharing == 2
+    assert report.prediction(1, 0).saved_bytes == 0
+    assert "2 pages share their frame with processes that are not planned here" in report.notes[0]

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from pagefold.errors import NotPermitted
+from pagefold.errors import NotPermitted, PagefoldError
 from pagefold.scenario.kernel_ksm import SYSFS, KernelKsm, KsmInUse
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may borrow KSM")
 FILES = {
     "run": "0\n",
     "pages_shared": "0\n",
+    "ksm_zero_pages": "0\n",
     "full_scans": "12\n",
     "pages_to_scan": "100\n",
     "sleep_millisecs": "20\n",
@@ -38,7 +39,7 @@ sysfs, name, end = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 def log(word):
     with (sysfs.parent / "log").open("a") as file: print(name, word, file=file)
 print("begins", flush=True)
-with KernelKsm(sysfs, sysfs.parent / "lock") as ksm:
+with KernelKsm(sysfs) as ksm:
     log("in")
     for knob in ("smart_scan", "pages_to_scan", "max_page_sharing", "run"): ksm.set(knob, 5)
     print("borrowed", flush=True)
@@ -59,7 +60,7 @@ def fake(tmp_path: Path) -> Path:
 
 
 def borrowed(fake: Path) -> KernelKsm:
-    return KernelKsm(fake, fake.parent / "lock")
+    return KernelKsm(fake)
 
 
 def knobs(fake: Path) -> dict[str, str]:
@@ -93,7 +94,6 @@ class Borrower:
 def test_a_kernel_without_ksm(tmp_path: Path) -> None:
     with pytest.raises(NotPermitted, match="this kernel has no KSM"), KernelKsm(tmp_path / "missing"):
         pass
-    assert not (tmp_path / "lock").exists()
 
 
 def test_without_root(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_knobs_this_kernel_has_not_are_not_made(fake: Path) -> None:
 
 @needs_root
 def test_a_knob_that_refuses_does_not_keep_the_others(fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with borrowed(fake) as ksm:
+    with pytest.raises(PagefoldError, match=r"some knobs in .* could not be restored"), borrowed(fake) as ksm:
         for name, value in CHANGES.items():
             ksm.set(name, value)
         (fake / "max_page_sharing").unlink()
@@ -170,6 +170,15 @@ def test_everything_is_given_back_after_an_exception(fake: Path) -> None:
     assert knobs(fake) == RESTORED
 
 
+def take_lock(fake: Path) -> None:
+    """Take and drop the lock, or raise BlockingIOError."""
+    folder = os.open(fake, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(folder)
+
+
 def waits_for_a_lock(pid: int) -> bool:
     """Tell whether the kernel lists a process among those that wait for a file lock."""
     lines = (line.split() for line in Path("/proc/locks").read_text().splitlines())
@@ -180,8 +189,8 @@ def waits_for_a_lock(pid: int) -> bool:
 def test_a_second_borrower_waits_for_the_first(fake: Path) -> None:
     first = Borrower(fake, "one")
     first.expect("borrowed")
-    with (fake.parent / "lock").open() as lock, pytest.raises(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with pytest.raises(BlockingIOError):
+        take_lock(fake)
     second = Borrower(fake, "two")
     while not waits_for_a_lock(second.process.pid):
         assert second.process.poll() is None
@@ -193,28 +202,31 @@ def test_a_second_borrower_waits_for_the_first(fake: Path) -> None:
 
 
 @needs_root
-@pytest.mark.parametrize(("name", "value"), [("run", "1"), ("run", "2"), ("pages_shared", "3")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("run", "1"), ("run", "2"), ("pages_shared", "3"), ("ksm_zero_pages", "1")]
+)
 def test_ksm_that_others_use_is_left_alone(fake: Path, name: str, value: str) -> None:
     (fake / name).write_text(value)
     before = knobs(fake)
     with pytest.raises(KsmInUse, match="in use on this machine"), borrowed(fake):
         pass
     assert knobs(fake) == before
-    with (fake.parent / "lock").open() as lock:  # and nothing is held
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    take_lock(fake)  # and nothing is held
 
 
 class Scripted(KernelKsm):
     """A KSM whose full_scans goes on by one at each look, and whose counters come from a script."""
 
     def __init__(self, fake: Path, shared: list[int]) -> None:
-        super().__init__(fake, fake.parent / "lock")
+        super().__init__(fake)
         self.scans, self.shared, self.looks = itertools.count(), shared, 0
 
     def get(self, name: str) -> int:
         if name == "full_scans":
             assert super().get("run") == 1
             return next(self.scans)
+        if name == "run":
+            return super().get("run")
         assert super().get("run") == 0, "counters are read while nothing is scanned"
         self.looks += 1
         return self.shared.pop(0) if len(self.shared) > 1 else self.shared[0]
@@ -233,3 +245,38 @@ def test_wait_scans_counts_scans(fake: Path) -> None:
     ksm = Scripted(fake, [0])
     ksm.wait_scans(3)
     assert next(ksm.scans) == 4
+
+
+def test_waiting_ends_when_ksmd_does_not_run(fake: Path) -> None:
+    with pytest.raises(PagefoldError, match="run is 0 while full scans are waited for"):
+        KernelKsm(fake).wait_scans(1)
+
+
+def test_waiting_ends_when_nothing_is_scanned(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagefold.scenario.kernel_ksm._PATIENCE", 0.0)
+    (fake / "run").write_text("1")
+    with pytest.raises(PagefoldError, match="is any memory advised MERGEABLE"):
+        KernelKsm(fake).wait_scans(1)
+
+
+FORK_AND_DIE = """
+import os, pathlib, signal, sys
+from pagefold.scenario.kernel_ksm import KernelKsm
+with KernelKsm(pathlib.Path(sys.argv[1])) as ksm:
+    ksm.set("smart_scan", 0)
+    if os.fork() == 0:
+        sys.stdin.read()  # outlives its parent
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@needs_root
+def test_everything_is_given_back_though_a_forked_child_lives_on(fake: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", FORK_AND_DIE, str(fake)], stdin=subprocess.PIPE)
+    assert process.wait() == -signal.SIGKILL
+    # The child has the parent's descriptors: also that of the lock, which therefore tells nothing here.
+    while knobs(fake) != RESTORED:
+        pass
+    assert process.stdin is not None
+    process.stdin.close()

@@ -82,7 +82,7 @@ def test_one_line(text: str, line: str) -> None:
 
 
 def test_the_report_shows_every_figure_of_a_prediction() -> None:
-    report = make_report([source([Page(5, 1), Page(5, 2, 1), Page(0, 3), Page(9, 4)])], [], 256)
+    report = make_report([source([Page(5, 1), Page(5, 2, 1), Page(0, 3), Page(9, 4)])], [], 256, interval=1.0)
     paper = io.StringIO()
     print_report(report, Console(file=paper, width=160))
     text = paper.getvalue()
@@ -94,6 +94,6 @@ def test_the_report_shows_every_figure_of_a_prediction() -> None:
     assert told == {"pages": "4", "merging": "2", "unshared": "2", "volatile": "0", "zero": "0", "profit": "7,936"}
     assert "in total" not in text  # of one process there is no sum
     assert (
-        "Merging would save 4,096 B, and cost 320 B of kernel memory; 0 B if pages of different nodes stay apart."
+        "Merging would save 4,096 B (0 B if pages of different nodes stay apart), and cost 320 B of kernel memory."
         in text
     )

@@ -5,6 +5,7 @@ Every verb imports what it needs when it runs, so that `pagefold --help` loads n
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -15,7 +16,19 @@ def main() -> None:
     from pagefold.view.line import one_line
 
     try:
-        app(prog_name="pagefold")
+        sys.exit(app(prog_name="pagefold", standalone_mode=False))
     except PagefoldError as error:
         print(f"pagefold: {one_line(str(error))}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        # typer's own errors of usage are of a class that moved between its versions; they know how to say themselves.
+        if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            getattr(error, "show")()  # noqa: B009  (typed as a plain exception)
+        else:
+            print(f"pagefold: {one_line(error.format_message())} (see pagefold --help)", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -46,6 +46,7 @@ def plan(
 
     Examples: `pagefold plan 1234 1235`, `pagefold plan --all-mine`, `pagefold plan --image guest.core`.
     """
+    from pagefold.errors import PagefoldError
     from pagefold.plan.reading import Reader
     from pagefold.plan.report import make_report
     from pagefold.view.line import one_line
@@ -53,11 +54,20 @@ def plan(
 
     reader = Reader(advised_only=advised, max_page_sharing=max_page_sharing, interval=interval)
     reader.add(pids or [], image or [], all_mine=all_mine)
-    with _progress() as progress:
-        sources = reader.read(progress, time.sleep)
-    for skipped in reader.skipped:
-        print(f"pagefold: left out: {one_line(skipped.why)}", file=sys.stderr)
-    report = make_report(sources, reader.skipped, reader.max_page_sharing)
+    fatal = ""
+    try:
+        with _progress() as progress:
+            sources = reader.read(progress, time.sleep)
+    except PagefoldError as error:
+        fatal = str(error)
+        raise
+    finally:
+        for skipped in reader.skipped:
+            if skipped.why != fatal:
+                print(f"pagefold: left out: {one_line(skipped.why)}", file=sys.stderr)
+    report = make_report(
+        sources, reader.skipped, reader.max_page_sharing, interval=reader.interval, advised_only=reader.advised_only
+    )
     if as_json:
         print_json(report)
     else:

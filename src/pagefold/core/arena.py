@@ -13,6 +13,7 @@ import numpy as np
 from pagefold.core import layout
 from pagefold.core.compiler import jit
 from pagefold.core.layout import Records, World
+from pagefold.errors import OutOfMemory
 
 MAX_INDEX = 2**31 - 1
 _GROWS = {
@@ -189,7 +190,7 @@ def add_frames(world: World, nid: int, count: int) -> World:
 def _check_index(length: int, what: str) -> None:
     """Refuse lengths that a 31-bit index cannot name."""
     if length > MAX_INDEX:
-        raise MemoryError(f"{length} {what} are more than one world can hold ({MAX_INDEX})")
+        raise OutOfMemory(f"{length} {what} are more than one machine can hold; stay below {MAX_INDEX}")
 
 
 def grow(world: World, need: int, at_least: int = 0) -> World:
@@ -202,8 +203,8 @@ def grow(world: World, need: int, at_least: int = 0) -> World:
         array = getattr(world, name)
         if name == "shadow" and not world.ctl[0]["shadow_on"]:
             continue
-        length = max(len(array) + len(array) // 2 + 16, len(array) + at_least)
-        _check_index(length, name)
+        _check_index(len(array) + max(at_least, 1), name)
+        length = min(max(len(array) + len(array) // 2 + 16, len(array) + at_least), MAX_INDEX)
         world = world._replace(**{name: _grown(array, length)})
     return world
 

@@ -29,7 +29,7 @@ LOCK = 12  # mm, vpn
 UNLOCK = 13  # frame
 MOVE = 14  # mm, vpn, node
 SWAP_OUT = 15  # mm, vpn
-REFUSE = 16  # mm, vpn: as if the process had just written the page
+REFUSE = 16  # mm, vpn, serial: as if the process had just written the page
 
 NAMES = (
     *("", "spawn", "map", "unmap", "write", "touch", "fork", "exit", "advise", "merge_any"),
@@ -67,7 +67,7 @@ def apply_event(world: World, code: int, a: int, b: int, c: int, d: int) -> int:
     if code == SWAP_OUT:
         return migration.swap_out(world, a, b)
     if code == REFUSE:
-        return refuse_page(world, a, b)
+        return refuse_page(world, a, b) if world.mms[a]["serial"] == c else layout.NO_PROCESS
     if world.mms[a]["flags"] & layout.MM_LOCKED:
         return layout.BLOCKED
     return apply_writing_event(world, code, a, b, c, d)

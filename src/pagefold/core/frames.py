@@ -178,6 +178,7 @@ def write_intent(world: World, kind: int, mm: int, vpn: int, old_pfn: int, new_p
     intent = world.journal[ctl["journal_used"]]
     intent["kind"] = kind
     intent["mm"] = mm
+    intent["serial"] = world.mms[mm]["serial"]
     intent["vpn"] = vpn
     intent["old_pfn"] = old_pfn
     intent["new_pfn"] = new_pfn

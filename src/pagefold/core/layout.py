@@ -83,6 +83,7 @@ ctl = np.dtype(
         # lists
         ("migrate_head", "i4"),  # first stable node of migrate_nodes
         # arenas: slots ever used (0 counts as used) and the head of the list of free ones
+        ("spawned", "i4"),  # processes ever made
         ("mms_used", "i4"),
         ("mms_free", "i4"),
         ("vmas_used", "i4"),
@@ -180,6 +181,7 @@ mm = np.dtype(
         ("ring_next", "i4"),  # record 0 is the ring's head; free: next free slot
         ("ring_prev", "i4"),
         ("rmap_list", "i4"),  # first rmap_item by address
+        ("serial", "i4"),  # of the process that has this slot; slots are used again
         ("node", "i2"),
         ("flags", "i2"),
     ],
@@ -249,6 +251,8 @@ intent = np.dtype(
         ("kind", "i4"),
         ("old_pfn", "i4"),  # 0 where there was none (a zero mapping that is broken)
         ("new_pfn", "i4"),  # 0 for INTENT_ZERO
+        ("serial", "i4"),  # of the mm
+        ("unused", "i4"),
     ]
 )
 INTENT_PROTECT = 1

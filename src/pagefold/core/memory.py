@@ -160,6 +160,8 @@ def spawn(world: World, node: int) -> int:
     if mm == 0:
         return layout.NEED_MMS
     record = world.mms[mm]
+    world.ctl[0]["spawned"] += 1
+    record["serial"] = world.ctl[0]["spawned"]
     record["next_vpn"] = 16
     record["ksm_rmap_items"] = 0
     record["ksm_merging_pages"] = 0

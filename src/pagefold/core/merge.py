@@ -92,7 +92,7 @@ def try_to_merge_one_page(world: World, mm: int, vpn: int, pte: int, page: int, 
         write_intent(world, layout.INTENT_PROTECT, mm, vpn, page, page)
     elif merged:
         merged = replace_page(world, mm, vpn, pte, page, kpage)
-    frame["holds"] ^= layout.HOLD_LOCK
+    frame["holds"] &= layout.HOLD_COUNT
     return merged
 
 

@@ -88,23 +88,20 @@ def lies_on(world: World, node: int, nid: int) -> bool:
 
 
 @jit
-def forget_place(world: World, place: int, nid: int) -> bool:
-    """Remove what at one tree place lies in offline memory; tell whether the tree changed."""
+def forget_place(world: World, place: int, nid: int) -> None:
+    """Remove what at one tree place lies in offline memory, and a chain that is empty then."""
     if world.stables[place]["place"] != layout.CHAIN:
-        if not lies_on(world, place, nid):
-            return False
-        remove_node_from_stable_tree(world, place)
-        return True
+        if lies_on(world, place, nid):
+            remove_node_from_stable_tree(world, place)
+        return
     dup = world.stables[place]["hlist"]
     while dup:
         following = world.stables[dup]["list_next"]
         if lies_on(world, dup, nid):
             remove_node_from_stable_tree(world, dup)
         dup = following
-    if world.stables[place]["hlist"]:
-        return False
-    free_chain(world, place)
-    return True
+    if world.stables[place]["hlist"] == 0:
+        free_chain(world, place)
 
 
 @jit
@@ -115,12 +112,11 @@ def forget_offline_nodes(world: World, nid: int) -> None:
         if world.nodes[tree]["stable_root"]:
             place = rbtree.first_below(world.stables, world.nodes[tree]["stable_root"])
         while place:
-            if not forget_place(world, place, nid):
-                place = rbtree.following(world.stables, place)
-            elif world.nodes[tree]["stable_root"]:
-                place = rbtree.first_below(world.stables, world.nodes[tree]["stable_root"])
-            else:
-                place = 0
+            following = rbtree.following(
+                world.stables, place
+            )  # erasing a node leaves all others where they are in order
+            forget_place(world, place, nid)
+            place = following
     node = world.ctl[0]["migrate_head"]
     while node:
         following = world.stables[node]["list_next"]

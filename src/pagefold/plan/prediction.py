@@ -97,7 +97,8 @@ def predict(
         stable_node_chains=outcome.chains,
         stable_node_dups=outcome.dups,
         general_profit=(sharing + zero) * table.page_size - items,
-        saved_bytes=(outcome.frames_left - outcome.stable_nodes) * table.page_size,
+        # A KSM page that stays on a frame of processes outside the table costs none: never less than nothing is saved.
+        saved_bytes=max(outcome.frames_left - outcome.stable_nodes, 0) * table.page_size,
         metadata_bytes=items + (outcome.stable_nodes + outcome.chains) * STABLE_NODE_BYTES,
         processes=tuple(_part(table, state, index) for index in range(len(table.sources))),
     )
@@ -168,7 +169,7 @@ def _frames_left(table: PageTable, state: NDArray[np.uint8]) -> int:
     moves = (state == PageState.MERGED) | (state == PageState.ZERO)
     left = np.zeros(len(table), np.bool_)
     left[table.frame[moves]] = True
-    left[table.frame[~moves]] = False
+    left[table.frame[~moves | table.outside]] = False
     return int(left.sum())
 
 

@@ -63,7 +63,7 @@ class Reader:
                 self.readers.append(ProcessReader(pid, proc=self.proc, advised_only=self.advised_only))
             except (NoSuchProcess, NotPermitted, NotReadable) as error:
                 self._skip(str(pid), error)
-        self.images += dict.fromkeys(images)
+        self.images += {path.resolve(): path for path in images}.values()
 
     def _skip(self, source: str, error: PagefoldError) -> None:
         self._errors.append(error)
@@ -81,8 +81,8 @@ class Reader:
             again = [(reader, self._look(reader, pages, progress)) for reader, pages in first]
             first = [(reader, pages) for reader, pages in again if pages is not None]
         answer = [pages for _, pages in first] + sources
-        if not answer:
-            raise self._errors[0]
+        if not answer:  # a permission that is missing is what the user can mend
+            raise next((error for error in self._errors if isinstance(error, NotPermitted)), self._errors[0])
         return answer
 
     def _image(self, path: Path, progress: Progress) -> Pages | None:

@@ -23,6 +23,8 @@ class Report:
     predictions: tuple[Prediction, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
+    interval: float  # seconds between the two looks at a process; 0: one look
+    advised_only: bool
 
     def prediction(self, merge_across_nodes: int, use_zero_pages: int) -> Prediction:
         """Return one of the four predictions."""
@@ -33,7 +35,14 @@ class Report:
         )
 
 
-def make_report(sources: Sequence[Pages], skipped: Sequence[Skipped], max_page_sharing: int) -> Report:
+def make_report(
+    sources: Sequence[Pages],
+    skipped: Sequence[Skipped],
+    max_page_sharing: int,
+    *,
+    interval: float = 0.0,
+    advised_only: bool = False,
+) -> Report:
     """Predict all four settings from one reading."""
     table = PageTable.of(sources)
     predictions = tuple(
@@ -41,7 +50,12 @@ def make_report(sources: Sequence[Pages], skipped: Sequence[Skipped], max_page_s
         for across in (1, 0)
         for zero in (0, 1)
     )
-    return Report(table.page_size, max_page_sharing, tuple(sources), predictions, tuple(skipped), _notes(table))
+    notes = _notes(table)
+    if not interval and any(pages.pid is not None for pages in sources):
+        notes += ("processes were looked at once: which pages change is not known, and all count as calm",)
+    return Report(
+        table.page_size, max_page_sharing, tuple(sources), predictions, tuple(skipped), notes, interval, advised_only
+    )
 
 
 def _notes(table: PageTable) -> tuple[str, ...]:
@@ -60,6 +74,14 @@ def _notes(table: PageTable) -> tuple[str, ...]:
     huge = sum(int(pages.huge.sum()) for pages in processes)
     if huge:
         notes.append(f"{huge:,} pages are in transparent huge pages, which merging would split")
+    outside = int(table.outside.sum())
+    if outside:
+        notes.append(
+            f"{outside:,} pages share their frame with processes that are not planned here: merging them frees nothing"
+        )
+    unknown = sum(int((pages.node < 0).sum()) for pages in table.sources)
+    if 0 < unknown < len(table):
+        notes.append(f"the node of {unknown:,} pages is not known: they count as node 0 where nodes matter")
     if len(table) and not any((pages.node >= 0).any() for pages in table.sources):
         notes.append(
             "the node of no page is known: all count as node 0, and both settings of merge_across_nodes are alike"

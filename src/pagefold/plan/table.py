@@ -24,6 +24,9 @@ class PageTable:
     node: NDArray[np.int16]  # unknown nodes count as node 0
     frame: NDArray[np.int64]  # a name: index of the first page that is on it (fork leaves several)
     volatile: NDArray[np.bool_]
+    outside: NDArray[
+        np.bool_
+    ]  # the frame is mapped by a process that is not in the table, and stays when this page leaves it
     page_size: int
 
     def __len__(self) -> int:
@@ -36,14 +39,18 @@ class PageTable:
         if len(sizes) > 1:
             raise UsageError(f"sources with pages of {sorted(sizes)} bytes cannot be planned together; plan them apart")
         counts = [len(pages) for pages in sources]
+        frame = _frame_names(sources)
+        shared = [~pages.exclusive & ~pages.ksm & (pages.pid is not None) for pages in sources]
+        alone = np.bincount(frame, minlength=len(frame))[frame] == 1
         return cls(
             sources=tuple(sources),
             source=np.repeat(np.arange(len(sources), dtype=np.int32), counts),
             high=_joined([pages.high for pages in sources], np.uint64),
             low=_joined([pages.low for pages in sources], np.uint64),
             node=np.maximum(_joined([pages.node for pages in sources], np.int16), 0),
-            frame=_frame_names(sources),
+            frame=frame,
             volatile=_joined([pages.volatile for pages in sources], np.bool_),
+            outside=_joined(shared, np.bool_) & alone,
             page_size=sizes.pop() if sizes else 4096,
         )
 

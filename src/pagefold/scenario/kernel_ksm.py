@@ -1,7 +1,8 @@
 """Own the real kernel's merger, borrowed: its knobs under a lock, and as they were when we are done, however we end.
 
-Why it is restored even after SIGKILL: a guard process holds the other end of a pipe and the lock. When the pipe closes,
-for whatever reason, the guard unmerges, writes the saved knobs back, and only then lets go of the lock.
+Why it is restored even after SIGKILL: a guard process watches us through a pidfd, and holds the lock too. When we say so, or are gone,
+it unmerges, writes the saved knobs back, and only then lets go of the lock. The lock is on the folder of the knobs itself, so that it
+is one for the whole machine.
 """
 
 from __future__ import annotations
@@ -10,29 +11,50 @@ import fcntl
 import os
 import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 
 from pagefold.errors import NotPermitted, PagefoldError
 
 SYSFS = Path("/sys/kernel/mm/ksm")
-# The order matters: with the advisor on, pages_to_scan cannot be written.
+# With the advisor on, pages_to_scan cannot be written: its mode is set to none first, and to what it was last.
 KNOBS = (
-    *("advisor_mode", "pages_to_scan", "sleep_millisecs", "merge_across_nodes", "max_page_sharing", "use_zero_pages"),
-    *("smart_scan", "stable_node_chains_prune_millisecs"),
+    *("pages_to_scan", "sleep_millisecs", "merge_across_nodes", "max_page_sharing", "use_zero_pages", "smart_scan"),
+    *(
+        "stable_node_chains_prune_millisecs",
+        "advisor_max_cpu",
+        "advisor_min_pages_to_scan",
+        "advisor_max_pages_to_scan",
+    ),
+    *("advisor_target_scan_time", "advisor_mode"),
 )
+_PATIENCE = 60.0  # seconds in which ksmd must end a full scan, or something is wrong
 _GUARD = """
-import pathlib, sys
-sysfs, saved = pathlib.Path(sys.argv[1]), dict(a.split("=", 1) for a in sys.argv[2:])
+import errno, os, pathlib, select, sys, time
+sysfs, parent, knobs = pathlib.Path(sys.argv[1]), int(sys.argv[2]), [word.split("=", 1) for word in sys.argv[3:]]
+passing = (errno.EBUSY, errno.EINTR, errno.EAGAIN, errno.ENOMEM)
+try:
+    alive = [os.pidfd_open(parent)]
+except ProcessLookupError:
+    alive = []
 print("ready", flush=True)
-sys.stdin.read()
-(sysfs / "run").write_text("2")
-for knob, value in saved.items():
-    try:
-        (sysfs / knob).write_text(value)
-    except OSError as error:
-        print(f"pagefold: {knob} could not be restored to {value}: {error}", file=sys.stderr)
+if alive:
+    select.select([0, *alive], [], [])
+failed = 0
+for knob, value in knobs:
+    for attempt in range(100):
+        try:
+            (sysfs / knob).write_text(value)
+            break
+        except OSError as error:
+            if error.errno in passing and attempt < 99:
+                time.sleep(0.05)
+                continue
+            print(f"pagefold: {knob} could not be restored to {value}: {error}", file=sys.stderr)
+            failed = 1
+            break
+sys.exit(failed)
 """
 
 
@@ -46,9 +68,8 @@ class KernelKsm:
     Needs root. Raises NotPermitted without, KsmInUse if KSM runs or holds merged pages; waits for the lock.
     """
 
-    def __init__(self, sysfs: Path = SYSFS, lock: Path | None = None) -> None:
+    def __init__(self, sysfs: Path = SYSFS) -> None:
         self.sysfs = sysfs
-        self.lock = lock or Path(tempfile.gettempdir()) / "pagefold-ksm.lock"
         self._guard: subprocess.Popen[str] | None = None
         self._lock_fd = -1
 
@@ -64,12 +85,14 @@ class KernelKsm:
     def __enter__(self) -> KernelKsm:
         if reason := self.why_not(self.sysfs):
             raise NotPermitted(reason)
-        self._lock_fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._lock_fd = os.open(self.sysfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
         try:
-            if self.get("run") or self.get("pages_shared"):
+            if any(
+                self.get(name) for name in ("run", "pages_shared", "ksm_zero_pages") if (self.sysfs / name).exists()
+            ):
                 raise KsmInUse(
-                    "KSM is in use on this machine (run or pages_shared is not 0); stop it first: run=2, then 0"
+                    "KSM is in use on this machine (run, pages_shared or ksm_zero_pages is not 0); set run to 2, then 0"
                 )
             self._start_guard()
         except BaseException:
@@ -79,8 +102,10 @@ class KernelKsm:
 
     def _start_guard(self) -> None:
         saved = [f"{name}={self._chosen(name)}" for name in KNOBS if (self.sysfs / name).exists()]
+        quiet = ["advisor_mode=none"] if (self.sysfs / "advisor_mode").exists() else []
+        arguments = [str(self.sysfs), str(os.getpid()), "run=2", *quiet, *saved, "run=0"]
         self._guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _GUARD, str(self.sysfs), *saved, "run=0"],
+            [sys.executable, "-I", "-S", "-c", _GUARD, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -95,10 +120,12 @@ class KernelKsm:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._guard is not None
-        assert self._guard.stdin is not None
-        self._guard.stdin.close()
-        self._guard.wait()
+        self._guard.communicate("done")
         os.close(self._lock_fd)
+        if self._guard.returncode and kind is None:
+            raise PagefoldError(
+                f"some knobs in {self.sysfs} could not be restored; the lines above say which: set them by hand"
+            )
 
     def _chosen(self, name: str) -> str:
         """Return a knob as it must be written back; of '[none] scan-time' the bracketed word."""
@@ -114,11 +141,23 @@ class KernelKsm:
         (self.sysfs / name).write_text(str(value))
 
     def wait_scans(self, passes: int) -> None:
-        """Wait until that many more full scans are done (run must be 1); waits for scans, not for time."""
-        goal = self.get("full_scans") + passes
-        poll = _Poll()
-        while self.get("full_scans") < goal:
-            poll.rest()
+        """Wait until that many more full scans are done; waits for scans, not for time.
+
+        PagefoldError if run is not 1, or if no full scan ends for a minute: then nothing is advised, or ksmd is stuck.
+        """
+        scans = self.get("full_scans")
+        goal = scans + passes
+        deadline, rest = time.monotonic() + _PATIENCE, 0.0005
+        while scans < goal:
+            if self.get("run") != 1:
+                raise PagefoldError(f"run is {self.get('run')} while full scans are waited for; it must stay 1")
+            if time.monotonic() > deadline:
+                raise PagefoldError(f"no full scan ended in {_PATIENCE:.0f} seconds: is any memory advised MERGEABLE?")
+            time.sleep(rest)
+            rest = min(rest * 1.5, 0.02)
+            now = self.get("full_scans")
+            if now != scans:
+                scans, deadline = now, time.monotonic() + _PATIENCE
 
     def settle(self, names: tuple[str, ...] = ("pages_shared", "pages_sharing", "pages_unshared")) -> dict[str, int]:
         """Let the kernel scan (run must be 1) until these counters have been the same over three full scans; return them.
@@ -135,16 +174,3 @@ class KernelKsm:
             same = same + 1 if now == before else 0
             before = now
         return before
-
-
-class _Poll:
-    """Rest between two looks at a counter, a little longer each time."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0005
-
-    def rest(self) -> None:
-        import time
-
-        time.sleep(self.seconds)
-        self.seconds = min(self.seconds * 1.5, 0.02)

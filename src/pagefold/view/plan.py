@@ -30,7 +30,11 @@ _PIPE_WIDTH = 120  # columns, where there is no terminal to ask
 def print_json(report: Report) -> None:
     """Print the report as one JSON object; figures have the kernel's counter names."""
     answer = {
+        "format": 1,
         "page_size": report.page_size,
+        "smart_scan": 0,
+        "interval": report.interval,
+        "advised_only": report.advised_only,
         "max_page_sharing": report.max_page_sharing,
         "predictions": [asdict(one) for one in report.predictions],
         "sources": [
@@ -61,8 +65,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     across, apart = report.prediction(1, 0), report.prediction(0, 0)
     console.print(_totals(across, apart))
     console.print(_per_process(across))
-    console.print(f"\nMerging would save [bold]{size(across.saved_bytes)}[/bold], and cost {size(across.metadata_bytes)} of "
-                  f"kernel memory; {size(apart.saved_bytes)} if pages of different nodes stay apart.")  # fmt: skip
+    console.print(f"\nMerging would save [bold]{size(across.saved_bytes)}[/bold] ({size(apart.saved_bytes)} if pages of different "
+                  f"nodes stay apart), and cost {size(across.metadata_bytes)} of kernel memory.")  # fmt: skip
     zero = report.prediction(1, 1)
     if zero.ksm_zero_pages:
         console.print(
@@ -73,7 +77,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def _totals(across: Prediction, apart: Prediction) -> Table:
-    table = Table(title="Once settled", title_justify="left")
+    table = Table(title="Once settled (smart_scan 0, use_zero_pages 0)", title_justify="left")
     table.add_column("counter")
     table.add_column("merge_across_nodes 1", justify="right")
     table.add_column("0", justify="right")
