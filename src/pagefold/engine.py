@@ -92,7 +92,7 @@ class StableNode:
 
 
 class Engine:
-    """The merger over a machine's memory.
+    """The merger over a machine's memory. A machine has one: a second engine made over it takes over, with its own knobs.
 
     >>> machine = Machine(frames=64)
     >>> engine = Engine(machine, run=1)

@@ -53,20 +53,25 @@ def replace_in_tree(world: World, old: int, new: int) -> None:
 
 
 @jit
+def count_off(world: World, item: int, others: int) -> None:
+    """Let an rmap_item that was taken off its stable node's list be STABLE no more; `others` are still on that list."""
+    if others:
+        world.ctl[0]["pages_sharing"] -= 1
+    else:
+        world.ctl[0]["pages_shared"] -= 1
+    entry = world.rmaps[item]
+    world.mms[entry["mm"]]["ksm_merging_pages"] -= 1
+    entry["flags"] &= ~layout.RMAP_STABLE
+    entry["head"] = 0
+
+
+@jit
 def remove_node_from_stable_tree(world: World, node: int) -> None:
     """Take all rmap_items off a stable node, unlink it and free it. Its frame is not touched."""
-    ctl = world.ctl[0]
     item = world.stables[node]["hlist"]
     while item:
-        entry = world.rmaps[item]
-        following = entry["hlist_next"]
-        if following:
-            ctl["pages_sharing"] -= 1
-        else:
-            ctl["pages_shared"] -= 1
-        world.mms[entry["mm"]]["ksm_merging_pages"] -= 1
-        entry["flags"] &= ~layout.RMAP_STABLE
-        entry["head"] = 0
+        following = world.rmaps[item]["hlist_next"]
+        count_off(world, item, following)
         item = following
     detach(world, node)
     give_stable(world, node)

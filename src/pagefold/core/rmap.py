@@ -9,7 +9,7 @@ from pagefold.core import layout, rbtree
 from pagefold.core.arena import give_rmap, take_rmap
 from pagefold.core.compiler import jit
 from pagefold.core.frames import put_page
-from pagefold.core.keyhole import get_ksm_page
+from pagefold.core.keyhole import count_off, get_ksm_page
 from pagefold.core.layout import World
 from pagefold.core.lists import hlist_add, hlist_remove
 from pagefold.core.space import find_vma, is_area_of, pte_of
@@ -38,13 +38,7 @@ def remove_rmap_item_from_tree(world: World, item: int) -> None:
         if kpfn == 0:
             return  # the node was stale and has dropped this item with all others
         hlist_remove(world, item)
-        if world.stables[entry["head"]]["hlist"]:
-            ctl["pages_sharing"] -= 1
-        else:
-            ctl["pages_shared"] -= 1
-        world.mms[entry["mm"]]["ksm_merging_pages"] -= 1
-        entry["flags"] &= ~layout.RMAP_STABLE
-        entry["head"] = 0
+        count_off(world, item, world.stables[entry["head"]]["hlist"])
         put_page(world, kpfn)
     elif entry["flags"] & layout.RMAP_UNSTABLE:
         # The tree of an earlier scan is gone: there is nothing to erase the item from.

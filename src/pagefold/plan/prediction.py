@@ -13,9 +13,9 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from pagefold.core.layout import RMAP_ITEM_BYTES
 from pagefold.plan.table import PageTable
 
-RMAP_ITEM_BYTES = 64  # of the kernel, per page looked at
 STABLE_NODE_BYTES = 64  # of the kernel, per KSM page and per chain
 
 
