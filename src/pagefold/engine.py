@@ -11,7 +11,7 @@ from typing import Literal
 
 from pagefold import settings
 from pagefold.advisor import Advisor
-from pagefold.core import arena, compiler, doors, events, invariants, layout
+from pagefold.core import arena, doors, events, invariants, layout
 from pagefold.core.scan import scan as scan_pages
 from pagefold.errors import (
     CorruptionError,
@@ -207,7 +207,6 @@ class Engine:
         if ctl["cursor_mm"] == 0:
             self._scan_began = (self.now_ms, self.cpu_ms)
         ctl["now"] = self.now_ms
-        compiler.await_scan(meanwhile=lambda: invariants.check(self.machine.world))
         before, seqnr = int(ctl["pages_scanned"]), int(ctl["full_scans"])
         budget = min(budget, 2**62)
         while True:

@@ -7,11 +7,9 @@ keyed by a hash of every source of the core. `NUMBA_DISABLE_JIT=1` runs the same
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,12 +46,6 @@ def _forget_old_caches(current: Path) -> None:
 CACHE = _cache_folder()
 ENABLED = not config.DISABLE_JIT
 _announced = False
-_helper: subprocess.Popen[bytes] | None = None
-_COMPILE_SCAN = """
-from pagefold.core import arena
-from pagefold.core.scan import scan
-scan(arena.new_world([1], 0, shadow=False), 0)
-"""
 
 if ENABLED and "NUMBA_CACHE_DIR" not in os.environ:
     try:
@@ -64,38 +56,14 @@ if ENABLED and "NUMBA_CACHE_DIR" not in os.environ:
         pass
 
 
-def is_cold() -> bool:
-    """Tell whether nothing has been compiled into the cache yet."""
-    return ENABLED and not any(Path(str(config.CACHE_DIR or CACHE)).rglob("*.nbi"))
-
-
 def announce() -> None:
-    """Say once, on stderr, that the engine is about to be compiled, and begin with it; silent when the cache is warm.
-
-    The scan, which is the larger half, is compiled into the cache by a process of its own while this one compiles what it needs first.
-    """
-    global _announced, _helper
-    if _announced or not is_cold():
+    """Say once, on stderr, that the engine is about to be compiled; silent when the cache is warm."""
+    global _announced
+    if _announced or not ENABLED:
         return
     _announced = True
-    print("pagefold: compiling the engine for this machine (once, some 15 seconds) ...", file=sys.stderr)
-    if config.CACHE_DIR and len(os.sched_getaffinity(0)) > 1:
-        _helper = subprocess.Popen(
-            [sys.executable, "-c", _COMPILE_SCAN], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        atexit.register(_helper.kill)
-
-
-def await_scan(meanwhile: Callable[[], object]) -> None:
-    """Wait until the scan that is compiled beside us, if it is, is in the cache; `meanwhile` gets something else compiled.
-
-    If that failed, the scan is compiled here when it is called.
-    """
-    global _helper
-    if _helper is not None:
-        meanwhile()
-        _helper.wait()
-        _helper = None
+    if not any(Path(str(config.CACHE_DIR or CACHE)).rglob("*.nbi")):
+        print("pagefold: compiling the engine for this machine (once, some 15 seconds) ...", file=sys.stderr)
 
 
 # Nothing in the core allocates: without Numba's reference counts of the arrays, which it would take and drop in every call, the scan is
