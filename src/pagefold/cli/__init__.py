@@ -9,6 +9,14 @@ import os
 import sys
 
 
+def command() -> None:
+    """Be the command `pagefold`: as `main`, in a process that is ours alone."""
+    if sys.argv[1:2] == ["explain-design"]:
+        # A handful of pages: the same code, uncompiled, is done before a compiler would have begun. Numba reads this when it is loaded.
+        os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+    main()
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and an exit code."""
     from pagefold.cli.app import app

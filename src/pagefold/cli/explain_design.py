@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import textwrap
 from typing import Annotated
 
@@ -20,8 +19,6 @@ def explain_design(
 
     The engine's invariants are checked after every step.
     """
-    # A handful of pages: the same code, uncompiled, is done before a compiler would have begun.
-    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
     from pagefold.scenario import five_questions
     from pagefold.view.trees import draw
 
