@@ -7,6 +7,7 @@ import mmap
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -69,7 +70,13 @@ class Specimen:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, "the specimen ended early"
+        self._rest()
         return line.strip()
+
+    def _rest(self) -> None:
+        """Wait until the child is back in its read of standard input: what it still does after printing touches memory."""
+        while Path(f"/proc/{self.pid}/syscall").read_text().split()[1:2] != ["0x0"]:
+            assert self.process.poll() is None, "the specimen ended early"
 
 
 @pytest.fixture

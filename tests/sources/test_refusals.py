@@ -32,10 +32,11 @@ try:
     sources.ProcessReader(other).read()
 except PagefoldError as error:
     answer["other"] = [type(error).__name__, str(error)]
-own = subprocess.Popen([free, "60"], stdout=subprocess.PIPE)
+own = subprocess.Popen([free], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 try:
-    while True:   # until the child has left the memory it was forked with
-        if open(f"/proc/{own.pid}/comm").read().strip() == os.path.basename(free)[:15]: break
+    while True:   # until the child has left the memory it was forked with, and is at rest in its read of standard input
+        comm = open(f"/proc/{own.pid}/comm").read().strip()
+        if comm == os.path.basename(free)[:15] and open(f"/proc/{own.pid}/syscall").read().split()[1:2] == ["0x0"]: break
     pages = sources.ProcessReader(own.pid).read()
     again = sources.ProcessReader(own.pid, use_scan=False).read()
     frames, nodes = sorted(set(pages.frame.tolist())), bool((pages.node >= 0).all())
@@ -58,7 +59,7 @@ def nobody() -> dict[str, object]:
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         result = subprocess.run(
-            [sys.executable, "-c", UNPRIVILEGED, str(other.pid), "/bin/sleep"],
+            [sys.executable, "-c", UNPRIVILEGED, str(other.pid), "/bin/cat"],
             capture_output=True,
             text=True,
             check=False,
