@@ -197,9 +197,7 @@ class Engine:
 
     def scan(self, pages: int | None = None) -> int:
         """Look at up to `pages` pages (default: pages_to_scan); ends early when a full scan does. Return how many."""
-        self._check_not_offlining("scan")
-        if self._knobs["run"] != 1:
-            raise EngineStopped(f"run is {self._knobs['run']}: nothing is scanned; set run to 1")
+        self._check_running()
         budget = self._knobs["pages_to_scan"] if pages is None else pages
         if budget < 0:
             raise UsageError(f"{budget} pages cannot be scanned; use 0 or more")
@@ -221,9 +219,15 @@ class Engine:
 
     def scan_full(self, passes: int = 1) -> None:
         """Scan until that many more full scans are done; returns at once when there is nothing to scan."""
+        self._check_running()
         goal = int(self._ctl["full_scans"]) + passes
         while int(self._ctl["full_scans"]) < goal and self.machine.world.mms[0]["ring_next"]:
             self.scan(2**62)
+
+    def _check_running(self) -> None:
+        self._check_not_offlining("scan")
+        if self._knobs["run"] != 1:
+            raise EngineStopped(f"run is {self._knobs['run']}: nothing is scanned; set run to 1")
 
     def _advise(self) -> None:
         """Let the advisor set pages_to_scan after a full scan."""

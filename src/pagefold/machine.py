@@ -28,6 +28,7 @@ _ERRNO = {
     layout.NO_MEMORY: errno.ENOMEM,
     layout.NO_NODE: errno.ENODEV,
     layout.NO_AREA: errno.EFAULT,
+    layout.THE_ZERO_PAGE: errno.EFAULT,
 }
 
 
@@ -43,6 +44,13 @@ class Area:
         if not 0 <= index < self.pages:
             raise UsageError(f"page {index} is not in an area of {self.pages} pages; use 0 to {self.pages - 1}")
         return self.start + index
+
+    def span(self, first: int = 0, count: int | None = None) -> tuple[int, int]:
+        """Return (page number, pages) of `count` pages (default: the rest) from page `first`, or raise UsageError."""
+        pages = self.pages - first if count is None else count
+        if not 0 <= first < self.pages or not 1 <= pages <= self.pages - first:
+            raise UsageError(f"pages {first} to {first + pages - 1} are not in an area of {self.pages} pages")
+        return self.start + first, pages
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ class Process:
 
     def munmap(self, area: Area, first: int = 0, count: int | None = None) -> None:
         """Unmap `count` pages (default: the rest) of an area from its page `first`."""
-        start, pages = _span(area, first, count)
+        start, pages = area.span(first, count)
         self._do(events.UNMAP, start, pages)
 
     def write(self, area: Area, index: int, content: int) -> None:
@@ -137,7 +145,7 @@ class Process:
         """Advise `MERGEABLE` or `UNMERGEABLE`; the second breaks what is merged and may raise OutOfMemory."""
         if advice not in ("MERGEABLE", "UNMERGEABLE"):
             raise UsageError(f"advice {advice!r} is not known; use MERGEABLE or UNMERGEABLE")
-        start, pages = _span(area, first, count)
+        start, pages = area.span(first, count)
         if self._do(events.ADVISE, start, pages, int(advice == "MERGEABLE")) == layout.NO_MEMORY:
             raise OutOfMemory("no frame is left to unmerge into; what was unmerged stays so, the rest stays merged")
 
@@ -171,6 +179,12 @@ class Process:
         if not held:
             raise UsageError(f"page {index} is not pinned by process {self.pid}")
         self.machine._arena.run(doors.execute, events.UNPIN, held.pop(), 0, 0, 0)
+
+    def unpin_all(self) -> None:
+        """Release every pin this process took."""
+        for held in self._pins.values():
+            while held:
+                self.machine._arena.run(doors.execute, events.UNPIN, held.pop(), 0, 0, 0)
 
     def lock(self, area: Area, index: int) -> None:
         """Lock the page's frame as another user of it would."""
@@ -343,14 +357,6 @@ class Machine:
         if node < 0:
             raise UsageError("no node is going offline")
         return node
-
-
-def _span(area: Area, first: int, count: int | None) -> tuple[int, int]:
-    """Return (page number, pages) of a part of an area."""
-    pages = area.pages - first if count is None else count
-    if not 0 <= first < area.pages or not 1 <= pages <= area.pages - first:
-        raise UsageError(f"pages {first} to {first + pages - 1} are not in an area of {area.pages} pages")
-    return area.start + first, pages
 
 
 def _signed(half: int) -> int:

@@ -394,6 +394,8 @@ def mergeable_frames(engine: Engine) -> Iterator[tuple[tuple[int, int, int], int
     for _, vma, _, pte in entries(world):
         if world.vmas[vma]["flags"] & layout.VMA_MERGEABLE and world.ptes[pte]["flags"] & layout.PTE_PRESENT:
             pfn = int(world.ptes[pte]["pfn"])
+            if engine.rules == "mainline" and world.frames[pfn]["mapping"] == layout.KSM_LONE:
+                continue  # it never merges (choices 26)
             content = world.contents[pfn]
             yield (int(content["hi"]), int(content["lo"]), 0 if across else int(world.frames[pfn]["nid"])), pfn
 
@@ -424,13 +426,21 @@ def pages_apart(engine: Engine) -> list[str]:
 
 
 def misplaced(engine: Engine) -> list[int]:
-    """Return the living stable nodes that wait, or whose page is not on the node of their tree."""
+    """Return the living stable nodes that wait, or whose page is not on the node of their tree.
+
+    Mainline: one whose page is mapped once waits for ever if its proper place is taken (choices 26).
+    """
     world, answer = engine.machine.world, []
     for node in stable_slots(world, layout.IN_TREE, layout.IN_CHAIN, layout.MIGRATING):
         entry_ = world.stables[node]
         page = world.frames[entry_["kpfn"]]
         if page["mapping"] == node:
             nid = 0 if engine.get("merge_across_nodes") else page["nid"]
+            if engine.rules == "mainline" and entry_["place"] == layout.MIGRATING and page["mapcount"] == 1:
+                taken = {(s.content, s.tree) for s in engine.stable_nodes() if s.place != "migrating"}
+                content = world.contents[entry_["kpfn"]]
+                if (int(content["hi"]) << 64 | int(content["lo"]), nid) in taken:
+                    continue
             if entry_["place"] == layout.MIGRATING or entry_["nid"] != nid:
                 answer.append(node)
     return answer

@@ -16,7 +16,7 @@ from typing import Any
 from twin import Twin
 
 from pagefold import Engine, Machine
-from pagefold.errors import PagefoldError, UsageError
+from pagefold.errors import PagefoldError
 from pagefold.machine import Area
 
 KINDS = ("anonymous", "anonymous", "anonymous", "anonymous", "shared", "file")
@@ -216,19 +216,12 @@ class Pair:
         if (where := self.page(a, b, c)) is not None:
             number, area, index = where
             node = d % (self.machine.nodes + 1)  # one too many now and then
-
-            def move() -> int:
-                status = self.process(number).move_pages(area, {index: node})[index]
-                if status == -errno.EFAULT:
-                    raise UsageError("the twin refuses unmapped pages as a whole")
-                return int(status)
-
             answer = self.both(
-                move,
+                lambda: self.process(number).move_pages(area, {index: node})[index],
                 lambda: self.twin.move_page(number, area.start + index, node),
             )
             if answer is not None:
-                words = {-2: "absent", -16: "busy", -12: "no memory", -19: "no node"}
+                words = {-2: "absent", -14: "fault", -16: "busy", -12: "no memory", -19: "no node"}
                 assert words.get(answer[0], "there") == {"moved": "there", "same": "there"}.get(answer[1], answer[1])
 
     def do_swap_out(self, a: int, b: int, c: int, d: int) -> None:

@@ -76,6 +76,7 @@ class Mm:
         self.mark = FIRST_VPN
         self.merge_any = False
         self.exited = False
+        self.parent: Mm | None = None
         self.items: dict[int, Any] = {}
         self.merging = 0
         self.zero_pages = 0
@@ -225,6 +226,7 @@ class Memory:
         child = Mm(self.created + 1, parent.node if node is None else self._node(node))
         child.areas = [area.part(area.start, area.end) for area in parent.areas]
         child.mark = parent.mark
+        child.parent = parent
         child.merge_any = parent.merge_any
         copies: dict[int, Frame] = {}
         for vpn, entry in sorted(parent.entries.items()):
@@ -316,19 +318,38 @@ class Memory:
     # what the kernel does to frames -------------------------------------------------------------------------
 
     def move_page(self, mm: int, vpn: int, node: int) -> str:
-        _, entry = self._at(mm, vpn)
-        if not isinstance(entry, Mapped):
-            return "absent"
+        process = self._find(mm)
+        entry = process.entries.get(vpn)
         if not 0 <= node < self.nodes or self.state[node] != "online":
             return "no node"
-        if entry.frame.locked or entry.frame.pins:
-            return "busy"
+        if entry == ZERO or process.area(vpn) is None:
+            return "fault"
+        if not isinstance(entry, Mapped):
+            return "absent"
         if entry.frame.nid == node:
             return "same"
+        if self._stays(entry.frame):
+            return "busy"
         if not self._room_on(node):
             return "no memory"
         self._migrate(entry.frame, node)
         return "moved"
+
+    def _stays(self, frame: Frame) -> bool:
+        """A frame cannot move while it is held, or (KSM) when some mapping is neither an item's nor inherited from one's mm."""
+        if frame.locked or frame.pins:
+            return True
+        items = frame.stable_node.items if frame.stable_node is not None else []
+        return frame.ksm and not all(
+            any(item.vpn == vpn and self._descends(self.mms[number], item.mm) for item in items)
+            for number, vpn in frame.mappings
+        )
+
+    @staticmethod
+    def _descends(mm: Mm | None, ancestor: Mm) -> bool:
+        while mm is not None and mm is not ancestor:
+            mm = mm.parent
+        return mm is not None
 
     def _migrate(self, frame: Frame, nid: int) -> None:
         """Move content, mappings, KSM mark and back pointer: here the object stays and its number changes."""
@@ -341,7 +362,7 @@ class Memory:
         _, entry = self._at(mm, vpn)
         if not isinstance(entry, Mapped):
             return "absent"
-        if entry.frame.locked or entry.frame.pins:
+        if self._stays(entry.frame):
             return "busy"
         if not self.free_slots:
             return "no memory"
@@ -367,7 +388,7 @@ class Memory:
         node = self._must_go()
         leaving = sorted((f for f in self.used if f.nid == node), key=lambda f: f.pfn)
         room = sum(len(self.free[nid]) for nid in range(self.nodes) if self.state[nid] == "online")
-        if any(frame.locked or frame.pins for frame in leaving):
+        if any(self._stays(frame) for frame in leaving):
             self.offline_cancel()
             return "busy"
         if room < len(leaving):

@@ -210,21 +210,21 @@ class Merger(Memory):
                 return None
             self._unlink(own)
             self._put_in_tree(own, nid, place, side)
-            return frame
+            return self._placed(own)
         if self.mainline:
             if own is not None and len(frame.mappings) > 1:
                 self._unlink(own)
                 self._add_dup(self._chain_of(place.value), own)
-                return frame if self._room(own) else None
+                return self._placed(own)
             if not self._room(match):
                 return None
         if match.frame.locked:
             return BUSY
         if self._tree_nid(match.frame) == match.nid:
             return match.frame
-        return self._displace(match, own, frame)
+        return self._displace(match, own)
 
-    def _displace(self, match: StableNode, own: StableNode | None, frame: Frame) -> Frame | None:
+    def _displace(self, match: StableNode, own: StableNode | None) -> Frame | None:
         """Set a misplaced match aside; a waiting node of equal content takes its place."""
         if own is not None:
             self._unlink(own)
@@ -238,7 +238,11 @@ class Merger(Memory):
         else:
             self._unlink(match)
         self._set_aside(match)
-        return frame if own is not None else None
+        return self._placed(own) if own is not None else None
+
+    def _placed(self, node: StableNode) -> Frame | None:
+        """The page of a node that has just found its place; in mainline nothing if no further page may join it."""
+        return None if self.mainline and not self._room(node) else node.frame
 
     def _stable_tree_insert(self, frame: Frame) -> StableNode | None:
         nid = self._tree_nid(frame)
@@ -296,8 +300,8 @@ class Merger(Memory):
         return entry.frame if isinstance(entry, Mapped) else None
 
     def _protect(self, frame: Frame) -> bool:
-        """Try to lock and write-protect: refused to a page that someone else locked or pinned."""
-        return not frame.locked and not frame.pins
+        """Try to lock and write-protect: refused to a page that someone else locked or pinned, and in mainline to a KSM page."""
+        return not frame.locked and not frame.pins and not (frame.ksm and self.mainline)
 
     def _merge_into(self, item: RmapItem, frame: Frame, target: Frame | None) -> bool:
         """Redirect the item's mapping from `frame` to `target`; None: mark `frame` itself a lone KSM page."""

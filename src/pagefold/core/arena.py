@@ -118,8 +118,12 @@ def take_mm(world: World) -> int:
 
 @jit
 def give_mm(world: World, slot: int) -> None:
-    """Put an address-space slot back."""
+    """Put an address-space slot back; what was forked from it is its parent's now."""
     ctl = world.ctl[0]
+    for mm in range(1, ctl["mms_used"]):
+        if world.mms[mm]["parent"] == slot:
+            world.mms[mm]["parent"] = world.mms[slot]["parent"]
+    world.mms[slot]["parent"] = 0
     world.mms[slot]["flags"] = 0
     world.mms[slot]["ring_next"] = ctl["mms_free"]
     ctl["mms_free"] = slot

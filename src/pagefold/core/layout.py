@@ -27,6 +27,7 @@ NO_AREA = -4  # the address is in no area
 NO_NODE = -5  # no such node, or offline
 BLOCKED = -6  # the merger holds that mm's mmap lock: the caller would have to wait
 NO_PROCESS = -7  # that mm is not alive
+THE_ZERO_PAGE = -8  # the zero page is mapped there, and belongs to nobody
 NEED_MMS = -11  # an array is full: grow it and call again (nothing was changed, or the call can be repeated)
 NEED_VMAS = -12
 NEED_PTES = -13
@@ -155,6 +156,7 @@ PTE_PRESENT = 1
 PTE_WRITABLE = 2  # with PRESENT
 PTE_SWAPPED = 4
 PTE_ZERO = 8  # maps the zero page on the merger's behalf
+PTE_MET = 16  # with PRESENT, only inside walk.py: counted already
 
 vma = np.dtype(
     [
@@ -181,6 +183,7 @@ mm = np.dtype(
         ("ring_next", "i4"),  # record 0 is the ring's head; free: next free slot
         ("ring_prev", "i4"),
         ("rmap_list", "i4"),  # first rmap_item by address
+        ("parent", "i4"),  # the mm it was forked from, or that one's parent if it is gone, and so on; 0: none
         ("serial", "i4"),  # of the process that has this slot; slots are used again
         ("node", "i2"),
         ("flags", "i2"),

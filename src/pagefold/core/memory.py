@@ -168,6 +168,7 @@ def spawn(world: World, node: int) -> int:
     record["ksm_zero_pages"] = 0
     record["vma_first"] = 0
     record["rmap_list"] = 0
+    record["parent"] = 0
     record["node"] = node
     record["flags"] = layout.MM_LIVE
     return mm
@@ -252,6 +253,7 @@ def fork(world: World, parent: int, node: int) -> int:
     if mm < 0:
         return mm
     child = world.mms[mm]
+    child["parent"] = parent
     child["next_vpn"] = world.mms[parent]["next_vpn"]
     child["flags"] |= world.mms[parent]["flags"] & layout.MM_MERGE_ANY
     status = layout.OK

@@ -32,9 +32,15 @@ _OURS = layout.HOLD_LOCK | layout.HOLD_REF  # what holds a page in the middle of
 
 @jit
 def write_protect_page(world: World, pte: int, page: int) -> bool:
-    """Take the right to write from the entry; refused if anyone holds a reference beyond mappings and our own one."""
+    """Take the right to write from the entry; refused if anyone holds a reference beyond mappings and our own one.
+
+    Mainline: a KSM page is refused too. It has left the reverse map of the process it came from, by which the kernel looks for the
+    entry: so a lone KSM page that forked processes still map, and a migrated one that meets its equal, never merge (choices 26).
+    """
     frame = world.frames[page]
     entry = world.ptes[pte]
+    if frame["mapping"] and world.ctl[0]["rules"] == layout.MAINLINE:
+        return False
     if not entry["flags"] & PTE_PRESENT or entry["pfn"] != page or frame["holds"] != _OURS:
         return False
     entry["flags"] &= ~PTE_WRITABLE

@@ -11,15 +11,22 @@ from __future__ import annotations
 from pagefold.core import layout
 from pagefold.core.compiler import jit
 from pagefold.core.frames import copy_content, forget_stable_node, free_if_idle, swap_nid, take_frame, take_frame_on
-from pagefold.core.layout import PTE_PRESENT, PTE_SWAPPED, World
+from pagefold.core.layout import PTE_PRESENT, PTE_SWAPPED, PTE_ZERO, World
 from pagefold.core.memory import own_page
 from pagefold.core.space import find_vma, pte_of
+from pagefold.core.walk import all_mappings_found
 
 
 @jit
 def is_held(world: World, pfn: int) -> bool:
     """Tell whether somebody holds the frame beyond its mappings, so that it may not move or be replaced."""
     return world.frames[pfn]["holds"] != 0
+
+
+@jit
+def can_move(world: World, pfn: int) -> bool:
+    """Tell whether nobody holds the frame, and all its mappings can be found."""
+    return not is_held(world, pfn) and all_mappings_found(world, pfn)
 
 
 @jit
@@ -57,26 +64,28 @@ def migrate_frame(world: World, pfn: int, fresh: int, entry_flags: int) -> None:
 
 @jit
 def present_frame(world: World, mm: int, vpn: int) -> int:
-    """Return the frame of a present page, ABSENT or NO_AREA."""
+    """Return the frame of a present page, ABSENT, THE_ZERO_PAGE or NO_AREA."""
     vma = find_vma(world, mm, vpn)
     if vma == 0:
         return layout.NO_AREA
     entry = world.ptes[pte_of(world, vma, vpn)]
+    if entry["flags"] & PTE_ZERO:
+        return layout.THE_ZERO_PAGE
     return entry["pfn"] if entry["flags"] & PTE_PRESENT else layout.ABSENT
 
 
 @jit
 def move_page(world: World, mm: int, vpn: int, nid: int) -> int:
     """Move one page to a node with all its mappings (move_pages with MPOL_MF_MOVE_ALL); choices 10."""
+    if nid < 0 or nid >= swap_nid(world) or not world.nodes[nid]["online"]:
+        return layout.NO_NODE
     pfn = present_frame(world, mm, vpn)
     if pfn < 0:
         return pfn
-    if nid < 0 or nid >= swap_nid(world) or not world.nodes[nid]["online"]:
-        return layout.NO_NODE
-    if is_held(world, pfn):
-        return layout.BUSY
     if world.frames[pfn]["nid"] == nid:
         return layout.SAME
+    if not can_move(world, pfn):
+        return layout.BUSY
     fresh = take_frame_on(world, nid)
     if fresh == 0:
         return layout.NO_MEMORY
@@ -90,7 +99,7 @@ def swap_out(world: World, mm: int, vpn: int) -> int:
     pfn = present_frame(world, mm, vpn)
     if pfn < 0:
         return pfn
-    if is_held(world, pfn):
+    if not can_move(world, pfn):
         return layout.BUSY
     slot = take_frame_on(world, swap_nid(world))
     if slot == 0:
@@ -158,7 +167,7 @@ def empty_node(world: World, nid: int) -> int:
     for other in range(nodes):
         room += world.nodes[other]["free"] if world.nodes[other]["online"] else 0
     for pfn in range(1, len(world.frames)):
-        if world.frames[pfn]["nid"] == nid and is_held(world, pfn):
+        if world.frames[pfn]["nid"] == nid and not can_move(world, pfn):
             return layout.BUSY
     if room < used:
         return layout.NO_MEMORY

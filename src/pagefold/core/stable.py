@@ -74,6 +74,14 @@ def _descend(world: World, page: int, waiting: int, nid: int) -> int:
         return 0
     detach(world, waiting)
     link_in_tree(world, waiting, nid, parent, right)
+    return _placed(world, page, waiting)
+
+
+@jit
+def _placed(world: World, page: int, node: int) -> int:
+    """Return the page of a node that has just found its place, referenced; 0 (mainline) if it has no room, so that the item leaves it."""
+    if not has_room(world, node, 0):
+        return 0
     get_page(world, page)
     return page
 
@@ -85,10 +93,7 @@ def _matched(world: World, page: int, waiting: int, place: int, dup: int) -> int
     if mainline and waiting and world.frames[page]["mapcount"] > 1:
         detach(world, waiting)
         hang_beside(world, place, waiting)
-        if not has_room(world, waiting, 0):
-            return 0
-        get_page(world, page)
-        return page
+        return _placed(world, page, waiting)
     if not has_room(world, dup, 0):
         return 0
     checkpoint(world, GAP_MATCH)
@@ -118,8 +123,7 @@ def _displace(world: World, page: int, waiting: int, place: int, dup: int) -> in
     else:
         exile(world, dup)
         hang_beside(world, place, waiting)
-    get_page(world, page)
-    return page
+    return _placed(world, page, waiting)
 
 
 @jit
