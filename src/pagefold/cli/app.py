@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pagefold import __version__
+from pagefold.cli.conform import conform
 from pagefold.cli.explain_design import explain_design
 from pagefold.cli.plan import plan
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(plan)
+app.command()(conform)
 app.command("explain-design")(explain_design)
 
 

@@ -1,0 +1,104 @@
+"""Own `pagefold conform`: the same scenarios on simulated and real kernels, compared."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def conform(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE]...",
+            help="Scenario files, folders of them, or FILE::NAME. None: the scenarios that come with pagefold.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST,...",
+            help="sim: simulated; kernel: this machine's own (root); guest: a kernel under QEMU. None: all that can be had.",
+            show_default=False,
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="NUMA nodes of the simulated machine and the guest. None: 2, or what a scenario needs.",
+            show_default=False,
+        ),
+    ] = None,
+    kernel: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="VMLINUZ", help="Kernel of the guest. None: the one that was fetched last.", show_default=False
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON with every difference.")] = False,
+) -> None:
+    """Run scenarios on the simulated machine and on real kernels, and compare what can be seen after every step.
+
+    A scenario is a function `scenario_*(host)` in a Python file; docs/conformance.md says how to write one. Compared are all of the
+    kernel's counters, and of every page its node and whom it shares its frame with. The exit code is 1 if anything differs.
+
+    With `kernel` the settings in /sys/kernel/mm/ksm are borrowed under a lock, and restored however this ends.
+
+    Examples: `pagefold conform`, `pagefold conform mine.py --host sim,guest --nodes 4`, `pagefold conform mine.py::scenario_x`.
+    """
+    from pagefold.errors import NotPermitted, UsageError
+    from pagefold.scenario import files as scenario_files
+    from pagefold.scenario.conform import BAD, arrange, check_kinds, conform
+    from pagefold.scenario.places import KINDS, Kind, Place, why_not
+    from pagefold.view.conform import print_json, print_rows
+    from pagefold.view.line import one_line
+
+    kinds = check_kinds(host.split(",") if host is not None else KINDS)
+    if nodes is not None and not 1 <= nodes <= 8:
+        raise UsageError(f"{nodes} nodes cannot be; use 1 to 8")
+    if kernel is not None and not kernel.is_file():
+        raise UsageError(f"{kernel}: there is no such kernel image")
+    scenarios = [one for wanted in files or [str(scenario_files.LIBRARY)] for one in scenario_files.load(wanted)]
+    places: dict[Kind, Place] = {"guest": Place("guest", kernel=kernel)}
+    for kind in list(kinds):
+        if reason := why_not(places.get(kind, Place(kind))):
+            if host is not None:
+                raise NotPermitted(f"{kind}: {reason}")
+            print(f"pagefold: left out: {kind}: {one_line(reason)}", file=sys.stderr)
+            kinds.remove(kind)
+    arranged = arrange(scenarios, kinds, nodes, places)
+    rows = []
+    with _progress(sum(map(len, arranged.values()))) as progress:
+        for row in conform(arranged, with_sim="sim" in kinds):
+            rows.append(row)
+            progress(f"{row.kind}: {row.scenario.name}", len(rows))
+    order = {one: number for number, one in enumerate(scenarios)}
+    rows.sort(key=lambda row: order[row.scenario])
+    if as_json:
+        print_json(rows)
+    else:
+        print_rows(rows)
+    if any(row.state in BAD for row in rows):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _progress(runs: int) -> Iterator[Callable[[str, int], None]]:
+    """Show a bar on stderr while scenarios run, if that is a terminal; called with (what was done, runs done)."""
+    if not sys.stderr.isatty():
+        yield lambda what, done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=runs)
+        yield lambda what, done: bar.update(task, description=what, completed=done)

@@ -1,0 +1,176 @@
+"""Chains: a content with more sharers than max_page_sharing has several KSM pages, the dups of one tree node."""
+
+from __future__ import annotations
+
+from pagefold.scenario.files import states
+from pagefold.scenario.host import Host
+from pagefold.scenario.library.stage import Player, joined, player, players
+
+
+def _exit(*sharers: Player) -> None:
+    for process, _ in sharers:
+        process.exit()
+
+
+@states(knobs={"max_page_sharing": 2})
+def scenario_pairs_at_max_page_sharing_2(host: Host) -> None:
+    """Six equal pages become three KSM pages of two: one chain with three dups."""
+    six = players(host, 6, 7)
+    host.scan(2)
+    seen = host.observe()
+    assert all(seen.sharers(p, r, 0) == 2 for p, r in six)
+    assert (seen["stable_node_chains"], seen["stable_node_dups"]) == (1, 3)
+    assert (seen["pages_shared"], seen["pages_sharing"]) == (3, 3)
+
+
+@states(knobs={"max_page_sharing": 3})
+def scenario_threes_at_max_page_sharing_3(host: Host) -> None:
+    """Of seven equal pages the last finds both KSM pages full, and no partner: it waits in the unstable tree."""
+    seven = players(host, 7, 7)
+    host.scan(3)
+    seen = host.observe()
+    assert joined(seen, *seven[:3])
+    assert joined(seen, *seven[3:6])
+    assert seen.sharers(*seven[6], 0) == 1
+    assert (seen["stable_node_dups"], seen["pages_unshared"]) == (2, 1)
+
+
+@states(needs={"max_page_sharing"})
+def scenario_300_equal_pages_at_max_page_sharing_256(host: Host) -> None:
+    """At the kernel's default limit 300 equal pages are 256 and 44."""
+    p1, r1 = player(host, *[7] * 300)
+    host.scan(2)
+    seen = host.observe()
+    assert [seen.sharers(p1, r1, index) for index in (0, 255, 256, 299)] == [256, 256, 44, 44]
+    assert (seen["pages_shared"], seen["pages_sharing"]) == (2, 298)
+    assert (seen["stable_node_chains"], seen["stable_node_dups"]) == (1, 2)
+
+
+@states(needs={"max_page_sharing"})
+def scenario_256_equal_pages_need_no_chain(host: Host) -> None:
+    """As many as max_page_sharing fit on one KSM page; one more has no place."""
+    p1, r1 = player(host, *[7] * 257)
+    host.scan(3)
+    seen = host.observe()
+    assert [seen.sharers(p1, r1, index) for index in (0, 255, 256)] == [256, 256, 1]
+    assert (seen["stable_node_chains"], seen["stable_node_dups"], seen["pages_unshared"]) == (0, 0, 1)
+
+
+@states(knobs={"max_page_sharing": 2})
+def scenario_contents_have_chains_of_their_own(host: Host) -> None:
+    """Each content that overflows has its chain; one that does not is a plain node of the tree."""
+    players(host, 4, 7, 8)
+    players(host, 2, 9)
+    host.scan(2)
+    seen = host.observe()
+    assert (seen["pages_shared"], seen["stable_node_chains"], seen["stable_node_dups"]) == (5, 2, 4)
+
+
+@states(knobs={"max_page_sharing": 2})
+def scenario_place_left_by_a_write_is_taken(host: Host) -> None:
+    """A full KSM page has room again when a sharer has written."""
+    p1, r1 = player(host, 7)
+    p2, r2 = player(host, 7)
+    host.scan(2)
+    new = player(host, 7)
+    host.scan(2)
+    assert host.observe().sharers(*new, 0) == 1
+    p1.write(r1, 0, 8)
+    host.scan()
+    assert joined(host.observe(), (p2, r2), new)
+
+
+@states(knobs={"max_page_sharing": 2})
+def scenario_chain_left_with_one_dup_collapses(host: Host) -> None:
+    """A search that finds one living dup only makes it a plain node again; without a search the chain stays."""
+    four = players(host, 4, 7)
+    host.scan(2)
+    _exit(*four[2:])
+    host.scan()
+    seen = host.observe()
+    assert (seen["stable_node_chains"], seen["stable_node_dups"], seen["pages_shared"]) == (1, 2, 1)
+    new = player(host, 7)
+    host.scan(2)
+    seen = host.observe()
+    assert (seen["stable_node_chains"], seen["stable_node_dups"], seen["pages_shared"]) == (0, 0, 1)
+    assert joined(seen, *four[:2])
+    assert seen.sharers(*new, 0) == 1
+
+
+@states(knobs={"max_page_sharing": 2})
+def scenario_chain_left_with_no_dup_is_freed(host: Host) -> None:
+    """When all dups of a chain are stale, the next search on its way past it frees it, whatever it looks for."""
+    four = players(host, 4, 7)
+    host.scan(2)
+    _exit(*four)
+    new = players(host, 2, 8)
+    host.scan()
+    assert host.observe()["stable_node_chains"] == 1
+    host.scan()
+    seen = host.observe()
+    assert joined(seen, *new)
+    assert (seen["stable_node_chains"], seen["stable_node_dups"]) == (0, 0)
+
+
+def _two_dups_with_room(host: Host) -> tuple[list[Player], list[Player], Player]:
+    """Leave a chain of two dups: the older one with two sharers, the newer one, at the front, with one; and a newcomer."""
+    six = players(host, 6, 7)
+    host.scan(2)
+    _exit(six[0], six[3], six[4])
+    return six[1:3], six[5:], player(host, 7)
+
+
+@states(knobs={"max_page_sharing": 3})
+def scenario_newcomer_takes_the_first_dup_with_room(host: Host) -> None:
+    """While the prune time of a chain has not passed, a search takes the first dup with room, not the best."""
+    _, newer, newcomer = _two_dups_with_room(host)
+    host.scan(2)
+    assert joined(host.observe(), *newer, newcomer)
+
+
+@states(knobs={"max_page_sharing": 3, "stable_node_chains_prune_millisecs": 0})
+def scenario_newcomer_takes_the_fullest_dup_when_pruning(host: Host) -> None:
+    """A search that prunes walks all dups, and takes the fullest that has room, so that others may become empty."""
+    older, _, newcomer = _two_dups_with_room(host)
+    host.scan(2)
+    assert joined(host.observe(), *older, newcomer)
+
+
+@states(knobs={"max_page_sharing": 2})
+def scenario_stale_dup_behind_one_with_room_stays(host: Host) -> None:
+    """A search that does not prune looks no further than the dup it takes: what is stale behind it stays."""
+    six = players(host, 6, 7)
+    host.scan(2)
+    _exit(*six[:2], six[4])
+    new = player(host, 7)
+    host.scan(2)
+    seen = host.observe()
+    assert joined(seen, six[5], new)
+    assert (seen["stable_node_dups"], seen["pages_shared"]) == (3, 2)
+
+
+@states(knobs={"max_page_sharing": 2, "stable_node_chains_prune_millisecs": 0})
+def scenario_stale_dups_are_pruned_by_any_search(host: Host) -> None:
+    """With stable_node_chains_prune_millisecs 0 every search that comes by prunes the whole chain."""
+    six = players(host, 6, 7)
+    host.scan(2)
+    _exit(*six[:2], six[4])
+    new = player(host, 7)
+    host.scan(2)
+    seen = host.observe()
+    assert joined(seen, six[5], new)
+    assert (seen["stable_node_dups"], seen["pages_shared"]) == (2, 2)
+
+
+@states(knobs={"max_page_sharing": 3, "smart_scan": 0})
+def scenario_sharers_come_and_go(host: Host) -> None:
+    """While pages leave and join in turn, no KSM page ever has more sharers than allowed, and no data is lost."""
+    ten = players(host, 10, 7)
+    for turn in range(8):
+        host.scan(2)
+        seen = host.observe()
+        assert max(seen.sharers(p, r, 0) for p, r in ten) == 3
+        assert all(p.read(r, 0) in (7, 8) for p, r in ten)
+        for at in (turn, turn + 3, turn + 4):
+            p, r = ten[at % 10]
+            p.write(r, 0, 7 + turn % 2)
