@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+GUESTS := PYTHONPATH=vm $(PYTHON) -m kernelguest
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-modes lint test-deps bench clean
+.PHONY: help run test test-modes conform lint test-deps bench clean
 
 help: ## Say what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -25,15 +26,20 @@ test-modes: $(READY) ## Run it uncompiled, and compiled with bounds checks
 	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q
 	NUMBA_BOUNDSCHECK=1 $(BIN)/python -m pytest -q
 
+conform: $(READY) ## Compare the engine with real kernels: all scenarios, and 300 random sequences on each
+	$(BIN)/pagefold conform
+	$(BIN)/pagefold conform --host sim,guest --nodes 4
+	PAGEFOLD_CONFORM=all $(BIN)/python -m pytest -q tests/conformance/test_random.py
+
 lint: $(READY) ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 test-deps: ## Install system packages that some tests need (Debian, root); without them those tests say that they skip
-	@if command -v gcore >/dev/null; then echo "test-deps: gcore is there"; \
-	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq gdb; \
-	else echo "test-deps: gcore (package gdb) is missing and cannot be installed here"; fi
+	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends gdb $$($(GUESTS) packages) && $(GUESTS) fetch; \
+	else echo "test-deps: this is not Debian, or you are not root: install gdb (for gcore) and QEMU by hand"; fi
 
 bench: $(READY) ## Measure, against the kernel, in one run
 	$(BIN)/python benchmarks/engine_scan.py

@@ -41,12 +41,12 @@ class KnobBusy(KnobError):  # noqa: N818  (the kernel's name for it is a noun: E
 
 
 class KnobInvalid(KnobError):  # noqa: N818
-    """The value is out of range or the knob is ruled by another one (EINVAL)."""
+    """The value is out of range or the knob is ruled by another one (EINVAL, or ERANGE where the kernel says so)."""
 
     exit_code = 2
 
-    def __init__(self, knob: str, message: str) -> None:
-        super().__init__(errno.EINVAL, knob, message)
+    def __init__(self, knob: str, message: str, code: int = errno.EINVAL) -> None:
+        super().__init__(code, knob, message)
 
 
 class UnknownKnob(UsageError):  # noqa: N818
@@ -67,6 +67,12 @@ class NoSuchProcess(PagefoldError):  # noqa: N818
 
 class NotPermitted(PagefoldError):  # noqa: N818
     """The kernel does not let this user read that process; names the permission missing."""
+
+    exit_code = 77
+
+
+class NotHere(PagefoldError):  # noqa: N818
+    """What was asked for cannot be had on this machine; says what is missing."""
 
     exit_code = 77
 

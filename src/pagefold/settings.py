@@ -5,7 +5,9 @@ Every knob is a file of /sys/kernel/mm/ksm. Must not know the engine: whether a 
 
 from __future__ import annotations
 
+import errno
 import operator
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +59,7 @@ KNOBS: dict[str, Knob] = {
     )
 }
 ADVISOR_MODES = ("none", "scan-time")
+_YES_OR_NO = ("use_zero_pages", "smart_scan")  # knobs that take words too
 
 
 def check_rules(rules: str) -> Rules:
@@ -83,10 +86,31 @@ def parse(knob: Knob, value: int | str) -> int:
         if value not in ADVISOR_MODES:
             raise KnobInvalid(knob.name, f"{value!r} is not a mode; use {' or '.join(ADVISOR_MODES)}")
         return ADVISOR_MODES.index(str(value))
+    if knob.name in _YES_OR_NO and isinstance(value, str):
+        return _yes_or_no(knob, value)
     try:
-        number = int(value) if isinstance(value, str) else operator.index(value)
+        number = _number(value) if isinstance(value, str) else operator.index(value)
     except (ValueError, TypeError):
         raise KnobInvalid(knob.name, f"{value!r} is not a whole number; use {knob.low} to {knob.high}") from None
     if not knob.low <= number <= knob.high:
-        raise KnobInvalid(knob.name, f"{number} is out of range; use {knob.low} to {knob.high}")
+        # The kernel passes on what its parser says of one knob, and says EINVAL for all others.
+        code = errno.ERANGE if knob.name == "max_page_sharing" and number > knob.high else errno.EINVAL
+        raise KnobInvalid(knob.name, f"{number} is out of range; use {knob.low} to {knob.high}", code)
     return number
+
+
+def _number(text: str) -> int:
+    """Read a number as the kernel does: decimal, perhaps with a sign and with one newline behind; ValueError for anything else."""
+    if not re.fullmatch(r"[+-]?[0-9]+\n?", text, re.ASCII):
+        raise ValueError
+    return int(text)
+
+
+def _yes_or_no(knob: Knob, text: str) -> int:
+    """Read yes or no as the kernel does, by the first letter, or two of them: y, t, 1, on; n, f, 0, off."""
+    start = text[:2].lower()
+    if start[:1] in ("y", "t", "1") or start == "on":
+        return 1
+    if start[:1] in ("n", "f", "0") or start == "of":
+        return 0
+    raise KnobInvalid(knob.name, f"{text!r} is neither yes nor no; use 0 or 1")

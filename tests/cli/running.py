@@ -32,8 +32,8 @@ def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:
             main()
             code = 0
         except SystemExit as end:
-            assert isinstance(end.code, int)
-            code = end.code
+            assert isinstance(end.code, int | None)
+            code = end.code or 0
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 

@@ -7,7 +7,6 @@ sequence is replayed from its numbers alone.
 from __future__ import annotations
 
 import contextlib
-import errno
 import random
 from collections.abc import Callable
 from dataclasses import asdict

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from pathlib import Path
 
 import pytest
-from tests.house.imports import PACKAGE, cycle, imported, inside, modules, outside, tree
+from tests.house.imports import PACKAGE, SOURCE, cycle, imported, inside, modules, outside, tree
 
 # What each stage may import besides itself, from the first to the last. `cli` shows and starts everything.
 BASE = {"errors", "settings", "advisor"}
@@ -126,3 +127,30 @@ def test_public_functions_and_classes_have_docstrings(module: str) -> None:
         and not ast.get_docstring(node)
     ]
     assert not bare
+
+
+FAR = [name for name in ALL if name.startswith(f"{PACKAGE}.scenario.far.")]
+
+
+@pytest.mark.parametrize("module", FAR)
+def test_the_far_side_travels_light(module: str) -> None:
+    """It runs in guests, where there is the standard library and what lies beside it, and nothing else."""
+    assert not inside(module)
+    assert outside(module) <= {*sys.stdlib_module_names, *(name.rpartition(".")[2] for name in FAR)}
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE.parent / "vm").rglob("*.py")), ids=lambda path: path.stem)
+def test_the_harness_of_guests_knows_nothing_of_us(path: Path) -> None:
+    text = path.read_text()
+    assert PACKAGE not in text.lower()
+    names = {
+        name
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "kernelguest"}
+
+
+def test_one_module_knows_where_guests_come_from() -> None:
+    assert [name for name in ALL if "kernelguest" in outside(name)] == [f"{PACKAGE}.scenario.places"]

@@ -29,7 +29,7 @@ def conform(
         ),
     ] = None,
     nodes: Annotated[
-        int | None,
+        str | None,
         typer.Option(
             metavar="N",
             help="NUMA nodes of the simulated machine and the guest. None: 2, or what a scenario needs.",
@@ -53,16 +53,15 @@ def conform(
 
     Examples: `pagefold conform`, `pagefold conform mine.py --host sim,guest --nodes 4`, `pagefold conform mine.py::scenario_x`.
     """
-    from pagefold.errors import NotPermitted, UsageError
+    from pagefold.errors import NotHere, UsageError
     from pagefold.scenario import files as scenario_files
-    from pagefold.scenario.conform import BAD, arrange, check_kinds, conform
+    from pagefold.scenario.conform import BAD, arrange, check_kinds, check_nodes, conform
     from pagefold.scenario.places import KINDS, Kind, Place, why_not
     from pagefold.view.conform import print_json, print_rows
     from pagefold.view.line import one_line
 
     kinds = check_kinds(host.split(",") if host is not None else KINDS)
-    if nodes is not None and not 1 <= nodes <= 8:
-        raise UsageError(f"{nodes} nodes cannot be; use 1 to 8")
+    wanted_nodes = check_nodes(nodes)
     if kernel is not None and not kernel.is_file():
         raise UsageError(f"{kernel}: there is no such kernel image")
     scenarios = [one for wanted in files or [str(scenario_files.LIBRARY)] for one in scenario_files.load(wanted)]
@@ -70,10 +69,10 @@ def conform(
     for kind in list(kinds):
         if reason := why_not(places.get(kind, Place(kind))):
             if host is not None:
-                raise NotPermitted(f"{kind}: {reason}")
+                raise NotHere(f"{kind}: {reason}")
             print(f"pagefold: left out: {kind}: {one_line(reason)}", file=sys.stderr)
             kinds.remove(kind)
-    arranged = arrange(scenarios, kinds, nodes, places)
+    arranged = arrange(scenarios, kinds, wanted_nodes, places)
     rows = []
     with _progress(sum(map(len, arranged.values()))) as progress:
         for row in conform(arranged, with_sim="sim" in kinds):

@@ -21,6 +21,7 @@ from pagefold.scenario.sim_host import SimHost
 
 State = Literal["equal", "ran", "skipped", "different", "failed"]
 BAD: tuple[State, ...] = ("different", "failed")
+MOST_NODES = 8
 USUAL_NODES = 2  # of a guest, where nobody says
 Opener = Callable[[Place], AbstractContextManager[FreshHost]]
 
@@ -70,6 +71,15 @@ def check_kinds(names: Sequence[str]) -> list[Kind]:
         if name not in KINDS:
             raise UsageError(f"there is no host {name!r}; use {', '.join(KINDS)}")
     return [kind for kind in KINDS if kind in names]
+
+
+def check_nodes(text: str | None) -> int | None:
+    """Return a number of nodes that a guest can have, or raise UsageError."""
+    if text is None:
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_NODES:
+        raise UsageError(f"{text!r} nodes cannot be; use 1 to {MOST_NODES}")
+    return int(text)
 
 
 def arrange(

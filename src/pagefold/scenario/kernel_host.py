@@ -1,4 +1,4 @@
-"""Own the near side of a real-kernel host: the host interface, spoken to a driver on the kernel to be judged (`far_side`).
+"""Own the near side of a real-kernel host: the host interface, spoken to a driver on the kernel to be judged (the folder `far`).
 
 Where that kernel runs is not known here: requests and answers are lines over two pipes.
 """

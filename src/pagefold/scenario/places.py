@@ -16,7 +16,7 @@ from pagefold.scenario.sim_host import SimHost
 
 Kind = Literal["sim", "kernel", "guest"]
 KINDS: tuple[Kind, ...] = ("sim", "kernel", "guest")
-FAR_SIDE = Path(__file__).parent / "far_side.py"
+FAR_SIDE = Path(__file__).parent / "far" / "driver.py"  # a program; it imports what lies beside it
 BOUND = 1800.0  # seconds after which a guest is ended, whatever it does
 
 
@@ -56,7 +56,7 @@ def open_host(place: Place) -> Iterator[FreshHost]:
 @contextmanager
 def _this_kernel() -> Iterator[KernelHost]:
     with KernelKsm():
-        command = [sys.executable, "-I", "-S", str(FAR_SIDE)]
+        command = [sys.executable, "-E", "-s", "-S", str(FAR_SIDE)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
             assert process.stdin is not None and process.stdout is not None
             try:

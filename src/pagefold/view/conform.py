@@ -65,7 +65,7 @@ def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
         table.add_row(Text(one_line(name)), *states, Text(one_line(shows)))
     console.print(table)
     for line in _said(rows):
-        console.print(Text(line))
+        console.print(Text(line), soft_wrap=line.startswith("  "))  # a command must stay one line
 
 
 def _host(row: Row) -> str:
