@@ -291,6 +291,11 @@ class Machine:
         if not 0 <= node < self.nodes:
             raise UsageError(f"node {node} does not exist; use 0 to {self.nodes - 1}")
 
+    def is_online(self, node: int) -> bool:
+        """Tell whether a node's memory is there, and not on its way out."""
+        self.check_node(node)
+        return bool(self.world.nodes[node]["online"])
+
     def spawn(self, node: int = 0) -> Process:
         """Start a process whose fresh pages are wanted on `node`."""
         self.check_node(node)

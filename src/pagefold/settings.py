@@ -52,13 +52,15 @@ KNOBS: dict[str, Knob] = {
             classic=False,
         ),
         _knob("advisor_mode", 0, 0, 1, "", "none, or scan-time: pages_to_scan is tuned after each scan", classic=False),
-        _knob("advisor_max_cpu", 70, 0, UINT_MAX, "%", "most CPU the advisor lets the scan use", classic=False),
+        _knob("advisor_max_cpu", 70, 0, ULONG_MAX, "%", "most CPU the advisor lets the scan use", classic=False),
         _knob("advisor_min_pages_to_scan", 500, 0, ULONG_MAX, "pages", "where the advisor starts", classic=False),
         _knob("advisor_max_pages_to_scan", 30000, 0, ULONG_MAX, "pages", "the advisor's limit", classic=False),
         _knob("advisor_target_scan_time", 200, 1, ULONG_MAX, "s", "how long a full scan should take", classic=False),
     )
 }
 ADVISOR_MODES = ("none", "scan-time")
+# Of these the kernel passes on that its parser says ERANGE, where the number does not fit its type; of all others it says EINVAL.
+_TYPE_MAX = {"max_page_sharing": 2**31 - 1, "merge_across_nodes": ULONG_MAX}
 _YES_OR_NO = ("use_zero_pages", "smart_scan")  # knobs that take words too
 
 
@@ -93,10 +95,9 @@ def parse(knob: Knob, value: int | str) -> int:
     except (ValueError, TypeError):
         raise KnobInvalid(knob.name, f"{value!r} is not a whole number; use {knob.low} to {knob.high}") from None
     if not knob.low <= number <= knob.high:
-        # The kernel passes on what its parser says of one knob, and says EINVAL for all others.
-        code = errno.ERANGE if knob.name == "max_page_sharing" and number > knob.high else errno.EINVAL
+        code = errno.ERANGE if number > _TYPE_MAX.get(knob.name, number) else errno.EINVAL
         raise KnobInvalid(knob.name, f"{number} is out of range; use {knob.low} to {knob.high}", code)
-    return number
+    return number & UINT_MAX if knob.name == "advisor_max_cpu" else number  # the kernel keeps 32 bits of it
 
 
 def _number(text: str) -> int:

@@ -90,7 +90,7 @@ def test_a_difference_is_shown_and_the_line_repeats_it(file: Path) -> None:
     assert "other on kernel, 1 node: different" in result.stdout
     # The second write is the step that differs: its line says so.
     assert "sim: p1.write(r1, 1, 6);  kernel: p1.write(r1, 1, 5)" in result.stdout
-    assert "Skipped on kernel, 1 node, because it needs 4 nodes, there is 1: wide." in result.stdout
+    assert "Skipped on kernel, 1 node: 1, because it needs 4 nodes, there is 1." in result.stdout
     (again,) = (line for line in result.stdout.splitlines() if "Again:" in line and "::other" in line)
     words = shlex.split(again.split("Again: ")[1])
     assert words[0] == "pagefold"

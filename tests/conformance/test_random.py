@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.conformance.conftest import ALL
+from tests.conftest import scaled
 
-from pagefold.scenario.host import FreshHost, Observation
+from pagefold.scenario.host import NEVER, FreshHost, Observation
 from pagefold.scenario.random_play import KINDS, Move, Player
 from pagefold.scenario.record import Recorder, Step, as_scenario, first_difference
 from pagefold.scenario.sim_host import SimHost
@@ -27,6 +28,7 @@ SETTINGS = st.fixed_dictionaries(
         "max_page_sharing": st.sampled_from([256, 2, 3]),
         "use_zero_pages": st.sampled_from([0, 1]),
         "smart_scan": st.sampled_from([0, 1]),
+        "stable_node_chains_prune_millisecs": st.sampled_from([NEVER, 0]),
     }
 )
 
@@ -70,7 +72,7 @@ def compare(host: FreshHost, examples: int) -> None:
 
 @pytest.mark.kernel
 def test_this_kernel(kernel: FreshHost) -> None:
-    compare(kernel, 300 if ALL else 100)
+    compare(kernel, scaled(300 if ALL else 100))
 
 
 @pytest.mark.guest

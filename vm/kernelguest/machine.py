@@ -122,6 +122,19 @@ def _nodes(shape: Shape) -> list[str]:
         words += ["-numa", f"node,nodeid={node}{memdev}"]
     for socket in range(sockets):
         words += ["-numa", f"cpu,node-id={max(socket - shape.cpus + 1, 0)},socket-id={socket},core-id=0,thread-id=0"]
+    words += _distances(shape.nodes)
     for node in plugged:
         words += ["-device", f"pc-dimm,id=dimm{node},memdev=mem{node},node={node}"]
     return words
+
+
+def _distances(nodes: int) -> list[str]:
+    """Return distances that put the nodes on a ring, each nearest to the next one; two are at the usual 10 and 20 anyway.
+
+    Were all equally far, where memory comes from when a node has none would be decided anew by every boot.
+    """
+    if nodes <= 2:
+        return []
+    pairs = ((one, other) for one in range(nodes) for other in range(nodes))
+    ring = ((one, other, 10 + 10 * ((other - one) % nodes)) for one, other in pairs)
+    return [word for one, other, far in ring for word in ("-numa", f"dist,src={one},dst={other},val={far}")]

@@ -151,16 +151,18 @@ class _References:
 
 def play(host: FreshHost, scenario: Scenario) -> Run:
     """Run a scenario on a host; HostFailed if the host itself fails."""
-    host.begin(scenario.knobs)
-    recorder = Recorder(host)
-    run = Run(recorder.steps)
+    run = Run()
     try:
+        host.begin(scenario.knobs)
+        recorder = Recorder(host)
+        run.steps = recorder.steps
         scenario.run(recorder)
     except HostFailed:
         raise
     except Exception as error:
         run.failure = _where(error, scenario)
-    recorder.observe()
+    else:
+        recorder.observe()
     if complaints := host.complaints():
         run.failure = f"{host.name} complains: {'; '.join(complaints)}"
     return run

@@ -180,7 +180,11 @@ class KernelHost:
         self.channel = channel
         self.complaints = complain
         said = channel.ask("hello")
-        self.nodes = int(said["nodes"])
+        numbers = said["nodes"]
+        counts = (count for count in range(len(numbers), 0, -1) if numbers[:count] == list(range(count)))
+        self.nodes = next(counts, 0)
+        if self.nodes > 1 and said["balancing"]:
+            raise HostFailed(f"{name}: NUMA balancing moves pages by itself; set kernel.numa_balancing to 0")
         self.release = str(said["release"])
         self.features = features | frozenset(said["features"])
         self._spawned = 0

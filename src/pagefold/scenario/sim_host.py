@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 
 from pagefold.engine import Engine
@@ -34,6 +35,8 @@ class SimProcess:
 
     def mmap(self, pages: int, node: int | None = None) -> Area:
         """See HostProcess."""
+        if node is not None and not self._process.machine.is_online(node):
+            raise OSError(errno.EINVAL, f"node {node} is offline")
         return self._process.mmap(pages, node=node)
 
     def fork(self) -> SimProcess:

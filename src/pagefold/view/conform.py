@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -52,10 +53,10 @@ def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
     console = console or Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     hosts = list(dict.fromkeys(map(_host, rows)))
     table = Table(title=_title(rows), title_justify="left")
-    table.add_column("scenario")
+    table.add_column("scenario", no_wrap=True)
     for host in hosts:
         table.add_column(host)
-    table.add_column("shows", style="dim", overflow="fold")
+    table.add_column("shows", style="dim", no_wrap=True, overflow="ellipsis")
     by_scenario: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         by_scenario.setdefault((str(row.scenario.path), row.scenario.name), {})[_host(row)] = row
@@ -78,12 +79,9 @@ def _title(rows: Sequence[Row]) -> str:
 
 
 def _said(rows: Sequence[Row]) -> Iterator[str]:
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        if row.state == "skipped":
-            reasons.setdefault((_host(row), row.why), []).append(row.scenario.name)
-    for (host, why), names in reasons.items():
-        yield f"Skipped on {host}, because it {why}: {', '.join(names)}."
+    skipped = Counter((_host(row), row.why) for row in rows if row.state == "skipped")
+    for (host, why), count in skipped.items():
+        yield f"Skipped on {host}: {count}, because it {why}."
     for row in rows:
         if row.state in BAD:
             yield ""

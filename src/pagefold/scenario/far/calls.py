@@ -49,6 +49,12 @@ def system(name: str, *arguments: Any) -> int:
     return checked(libc.syscall(ctypes.c_long(SYSCALLS[name]), *words), name)
 
 
+def write_file(path: Path, text: str) -> None:
+    """Write a file of the kernel in one call, once: a buffer would try again at its close what has just failed."""
+    with path.open("wb", buffering=0) as file:
+        file.write(text.encode())
+
+
 def where(vpn: int) -> int:
     """Return the address of a page number."""
     return BASE + vpn * PAGE

@@ -7,6 +7,7 @@ standard output; it ends, and all its processes with it, when its standard input
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -15,12 +16,12 @@ import platform
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from calls import (
     BASE,
-    PAGE,
     PFN,
     PRESENT,
     SWAPPED,
@@ -34,13 +35,16 @@ from calls import (
     system,
     unmap_pages,
     where,
+    write_file,
 )
 from merger import SYSFS, Merger
 from worker import MPOL_PREFERRED, Worker
 
 MEMORY = Path("/sys/devices/system/memory")
 NODES = Path("/sys/devices/system/node")
+BALANCING = Path("/proc/sys/kernel/numa_balancing")
 IO_URING = Path("/proc/sys/kernel/io_uring_disabled")
+OFFLINE_PATIENCE = 10.0  # seconds
 PR_SET_CHILD_SUBREAPER, PR_GET_MEMORY_MERGE = 36, 68
 
 
@@ -76,6 +80,7 @@ class Driver:
         self.driven: dict[int, Driven] = {}
         self.merger = Merger()
         self.zero_pfn = zero_pfn()
+        self.taken: list[Path] = []  # memory blocks that are offline
 
     # --- processes ---
 
@@ -85,8 +90,12 @@ class Driver:
         if IO_URING.exists() and IO_URING.read_text().strip() == "0":
             features.append("pin")
         features += [knob.name for knob in SYSFS.iterdir()]
-        nodes = parse_ranges((NODES / "online").read_text())
-        return {"release": platform.release(), "nodes": len(nodes), "page": PAGE, "features": sorted(features)}
+        return {
+            "release": platform.release(),
+            "nodes": parse_ranges((NODES / "has_memory").read_text()),
+            "balancing": BALANCING.exists() and BALANCING.read_text().strip() != "0",
+            "features": sorted(features),
+        }
 
     def do_pids(self) -> list[int]:
         """Return our own pid and those of the living processes."""
@@ -120,10 +129,10 @@ class Driver:
     def do_exit(self, number: int) -> None:
         """End a process, and wait until its memory is gone: its socket is closed after that."""
         process = self.driven.pop(number)
-        process.channel.shutdown(socket.SHUT_WR)
-        while process.channel.recv(1):
-            pass
-        process.channel.close()
+        with process.channel as channel, contextlib.suppress(ConnectionError):  # one that died is gone already
+            channel.shutdown(socket.SHUT_WR)
+            while channel.recv(1):
+                pass
 
     def do_worker(self, number: int, verb: str, *arguments: Any) -> Any:
         """Let a process do something to its own memory."""
@@ -146,6 +155,7 @@ class Driver:
     def do_reset(self, knobs: dict[str, int | str]) -> None:
         """Begin afresh with these knobs."""
         self.clear()
+        self.put_back(list(self.taken))
         self.merger.reset(knobs)
 
     def do_set(self, name: str, value: int | str) -> None:
@@ -202,26 +212,44 @@ class Driver:
 
     def do_offline(self, node: int) -> None:
         """Take all memory of a node away; if a part refuses, all of it is put back."""
-        taken: list[Path] = []
         try:
             for block in blocks(node):
-                (block / "state").write_text("offline")
-                taken.append(block)
+                with alarm(OFFLINE_PATIENCE):  # a kernel tries for ever to move what cannot be moved
+                    write_file(block / "state", "offline")
+                self.taken.append(block)
         except OSError:
-            for block in taken:
-                (block / "state").write_text("online_movable")
+            self.put_back(blocks(node))
             raise
 
     def do_online(self, node: int) -> None:
         """Put the memory of a node back."""
-        for block in blocks(node):
-            if (block / "state").read_text().strip() == "offline":
-                (block / "state").write_text("online_movable")
+        self.put_back(blocks(node))
+
+    def put_back(self, memory: list[Path]) -> None:
+        """Put those of these blocks back that were taken away."""
+        for block in [block for block in self.taken if block in memory]:
+            write_file(block / "state", "online_movable")
+            self.taken.remove(block)
+
+
+@contextlib.contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Let what is done inside fail with EBUSY if it takes longer."""
+
+    def give_up(*_: object) -> None:
+        raise OSError(errno.EBUSY, f"not done within {seconds:g} seconds")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def blocks(node: int) -> list[Path]:
     """Return the folders of a node's memory blocks."""
-    found = sorted((NODES / f"node{node}").glob("memory*"), key=lambda path: int(path.name[6:]))
+    found = sorted((NODES / f"node{node}").glob("memory[0-9]*"), key=lambda path: int(path.name[6:]))
     if not found:
         raise OSError(errno.ENODEV, f"node {node} has no memory blocks")
     return [MEMORY / path.name for path in found]

@@ -19,6 +19,8 @@ import errno
 import time
 from pathlib import Path
 
+from calls import write_file
+
 SYSFS = Path("/sys/kernel/mm/ksm")
 STEPPING = ("pages_to_scan", "sleep_millisecs")  # ours while a scan runs
 SINCE_BOOT = ("pages_scanned", "pages_skipped")  # counters that nothing resets: told as from the last reset
@@ -110,8 +112,7 @@ class Merger:
 
 def write(name: str, value: int | str) -> None:
     """Write a file of the merger."""
-    with (SYSFS / name).open("wb", buffering=0) as file:
-        file.write(str(value).encode())
+    write_file(SYSFS / name, str(value))
 
 
 def number(name: str) -> int:

@@ -64,7 +64,11 @@ class Worker:
         map_pages(vpn, pages)
         if node is not None:
             mode = MPOL_PREFERRED | MPOL_F_STATIC_NODES
-            system("mbind", ctypes.c_void_p(where(vpn)), pages * PAGE, mode, nodemask(node), 1024, 0)
+            try:
+                system("mbind", ctypes.c_void_p(where(vpn)), pages * PAGE, mode, nodemask(node), 1024, 0)
+            except OSError:
+                unmap_pages(vpn, pages)
+                raise
 
     def do_munmap(self, vpn: int, pages: int) -> None:
         """Unmap."""

@@ -9,46 +9,22 @@ from pagefold.scenario.host import Host
 from pagefold.scenario.library.stage import joined, player, players, refused
 
 
-def scenario_child_inherits_a_merged_page(host: Host) -> None:
-    """A child maps its parent's KSM page at once; the counters hear of it when the child is scanned."""
+def scenario_fork_then_write_in_parent_and_child(host: Host) -> None:
+    """Whoever writes after a fork leaves the KSM page, the parent before the child was scanned, a child after; the others stay."""
     (p1, r1), other = players(host, 2, 7)
     host.scan(2)
-    child = p1.fork()
-    seen = host.observe()
-    assert joined(seen, (p1, r1), other, (child, r1))
-    assert seen["pages_sharing"] == 1
-    host.scan()
-    seen = host.observe()
-    assert joined(seen, (p1, r1), other, (child, r1))
-    assert seen["pages_sharing"] == 2
-    assert seen.processes[child.number]["ksm_merging_pages"] == 1
-
-
-def scenario_fork_then_write_in_the_parent(host: Host) -> None:
-    """The parent's write after a fork leaves the KSM page to the child and to the others."""
-    (p1, r1), other = players(host, 2, 7)
-    host.scan(2)
-    child = p1.fork()
+    p3, p4 = p1.fork(), p1.fork()
     p1.write(r1, 0, 8)
     host.scan()
     seen = host.observe()
-    assert joined(seen, other, (child, r1))
-    assert (p1.read(r1, 0), child.read(r1, 0)) == (8, 7)
-    assert seen["pages_sharing"] == 1
-
-
-def scenario_fork_then_write_in_the_child(host: Host) -> None:
-    """The child's write leaves the KSM page to the parent and to the others, also if it comes after a scan."""
-    (p1, r1), other = players(host, 2, 7)
-    host.scan(2)
-    child = p1.fork()
-    host.scan()
-    child.write(r1, 0, 8)
+    assert joined(seen, other, (p3, r1), (p4, r1))
+    assert seen["pages_sharing"] == 2
+    p3.write(r1, 0, 9)
     host.scan()
     seen = host.observe()
-    assert joined(seen, (p1, r1), other)
-    assert (p1.read(r1, 0), child.read(r1, 0)) == (7, 8)
+    assert joined(seen, other, (p4, r1))
     assert seen["pages_sharing"] == 1
+    assert [process.read(r1, 0) for process in (p1, p3, p4)] == [8, 9, 7]
 
 
 def scenario_page_shared_by_fork_is_not_merged_with_itself(host: Host) -> None:
@@ -58,7 +34,7 @@ def scenario_page_shared_by_fork_is_not_merged_with_itself(host: Host) -> None:
     host.scan(3)
     seen = host.observe()
     assert joined(seen, (p1, r1), (child, r1))
-    assert (seen["pages_shared"], seen["pages_sharing"]) == (0, 0)
+    assert (seen["pages_shared"], seen["pages_unshared"], seen["pages_volatile"]) == (0, 1, 1)
 
 
 def scenario_page_shared_by_fork_merges_with_a_third(host: Host) -> None:
@@ -102,34 +78,6 @@ def scenario_parent_exits_before_the_child_is_scanned(host: Host) -> None:
     new = player(host, 7)
     host.scan(2)
     assert joined(host.observe(), (child, r1), new)
-
-
-def scenario_child_unadvises_its_inherited_page(host: Host) -> None:
-    """A child that un-advises gets its own copy; its parent's page stays merged."""
-    (p1, r1), other = players(host, 2, 7)
-    host.scan(2)
-    child = p1.fork()
-    child.madvise(r1, "UNMERGEABLE")
-    seen = host.observe()
-    assert joined(seen, (p1, r1), other)
-    assert seen.sharers(child, r1, 0) == 1
-
-
-def scenario_generations_share_one_page(host: Host) -> None:
-    """Children of children join too; writes here and there leave everybody with what he wrote or inherited."""
-    line = [player(host, 7, 8)]
-    other = player(host, 7, 8)
-    for content in (9, 10, 11):
-        host.scan(2)
-        process, area = line[-1]
-        child = process.fork()
-        child.write(area, 1, content)
-        line.append((child, area))
-    host.scan(2)
-    seen = host.observe()
-    assert joined(seen, *line, other)
-    assert [process.read(area, 1) for process, area in line] == [8, 9, 10, 11]
-    assert seen["pages_sharing"] == 4 + 1
 
 
 @states(needs={"merge_across_nodes"})

@@ -6,7 +6,7 @@ import errno
 
 from pagefold.scenario.files import states
 from pagefold.scenario.host import KNOBS, Host
-from pagefold.scenario.library.stage import joined, player, players, refused
+from pagefold.scenario.library.stage import joined, players, refused
 
 
 @states(needs=set(KNOBS))
@@ -39,7 +39,7 @@ def scenario_knobs_read_back(host: Host) -> None:
         assert host.get(knob) == value, knob
 
 
-@states(needs={"merge_across_nodes", "max_page_sharing", "use_zero_pages", "smart_scan"})
+@states(needs=set(KNOBS))
 def scenario_values_out_of_range_are_invalid(host: Host) -> None:
     """A value that a knob cannot have is refused with EINVAL, and nothing changes."""
     for knob, values in {
@@ -51,19 +51,7 @@ def scenario_values_out_of_range_are_invalid(host: Host) -> None:
         "use_zero_pages": (2, -1),
         "smart_scan": (2, -1),
         "stable_node_chains_prune_millisecs": (-1, 2**32),
-    }.items():
-        before = host.get(knob)
-        for value in values:
-            with refused(errno.EINVAL):
-                host.set(knob, value)
-            assert host.get(knob) == before, knob
-
-
-@states(needs={"advisor_mode"})
-def scenario_advisor_values_out_of_range(host: Host) -> None:
-    """The advisor has two modes, and its scan time must be a second at least."""
-    for knob, values in {
-        "advisor_mode": ("nonsense", "scan", ""),
+        "advisor_mode": ("nonsense", "scan", 1),
         "advisor_max_cpu": (-1, "much"),
         "advisor_min_pages_to_scan": (-1,),
         "advisor_max_pages_to_scan": (-1,),
@@ -74,6 +62,46 @@ def scenario_advisor_values_out_of_range(host: Host) -> None:
             with refused(errno.EINVAL):
                 host.set(knob, value)
             assert host.get(knob) == before, knob
+
+
+@states(needs={"max_page_sharing"})
+def scenario_numbers_as_text(host: Host) -> None:
+    """A number may have a plus sign, zeros in front and one newline behind, and nothing else."""
+    for text in ("5\n", "+5", "005"):
+        host.set("max_page_sharing", text)
+        assert host.get("max_page_sharing") == 5
+        host.set("max_page_sharing", 6)
+    for text in (" 5", "5 ", "5\n\n", "0x5", "1_0", "5.0", "five"):
+        for knob in ("max_page_sharing", "sleep_millisecs"):
+            with refused(errno.EINVAL):
+                host.set(knob, text)
+    assert host.get("max_page_sharing") == 6
+
+
+@states(needs={"merge_across_nodes", "max_page_sharing"})
+def scenario_numbers_too_large(host: Host) -> None:
+    """A number that does not fit is out of range for max_page_sharing and merge_across_nodes, and invalid for other knobs."""
+    for knob, value, code in (
+        ("max_page_sharing", 2**31, errno.ERANGE),
+        ("merge_across_nodes", 2**64, errno.ERANGE),
+        ("merge_across_nodes", 2**32, errno.EINVAL),
+        ("pages_to_scan", 2**32, errno.EINVAL),
+    ):
+        with refused(code):
+            host.set(knob, value)
+
+
+@states(needs={"use_zero_pages", "smart_scan"})
+def scenario_yes_and_no_as_text(host: Host) -> None:
+    """use_zero_pages and smart_scan also take yes and no, on and off, in words or by their first letter."""
+    for knob in ("use_zero_pages", "smart_scan"):
+        for yes, no in ((1, 0), ("1\n", "0\n"), ("y", "n"), ("Yes", "No"), ("on", "off")):
+            host.set(knob, yes)
+            assert host.get(knob) == 1
+            host.set(knob, no)
+            assert host.get(knob) == 0
+        with refused(errno.EINVAL):
+            host.set(knob, "maybe")
 
 
 @states(needs={"advisor_mode"})
@@ -93,65 +121,31 @@ def scenario_advisor_owns_pages_to_scan(host: Host) -> None:
 
 @states(needs={"merge_across_nodes", "max_page_sharing"})
 def scenario_what_needs_an_empty_forest_is_busy(host: Host) -> None:
-    """While a merged page exists merge_across_nodes and max_page_sharing are busy, but for the value they have."""
+    """While a KSM page has a sharer, merge_across_nodes and max_page_sharing are busy, but for the value they have.
+
+    Free are they after `run` 2, or when the scan has noticed that the last sharer is gone.
+    """
     host.set("merge_across_nodes", 0)
     host.set("max_page_sharing", 5)
-    (p1, _), (p2, r2) = equal = players(host, 2, 7)
+    three = players(host, 3, 7)
     host.scan(2)
-    for knob, now, other in (("merge_across_nodes", 0, 1), ("max_page_sharing", 5, 6)):
+    for knob, now, other in (("merge_across_nodes", 0, 1), ("max_page_sharing", 5, 2)):
         with refused(errno.EBUSY):
             host.set(knob, other)
         host.set(knob, now)
         assert host.get(knob) == now
-    assert joined(host.observe(), *equal)
-    p1.exit()
-    host.scan()
-    with refused(errno.EBUSY):
-        host.set("max_page_sharing", 6)
-    p2.write(r2, 0, 8)
-    with refused(errno.EBUSY):
-        host.set("max_page_sharing", 6)
-    host.scan()
-    assert host.get("pages_shared") == 0
-    host.set("max_page_sharing", 6)
-    host.set("merge_across_nodes", 1)
-
-
-@states(needs={"max_page_sharing"})
-def scenario_run_2_frees_the_busy_knobs(host: Host) -> None:
-    """After `run` 2 nothing is merged, and max_page_sharing can change; the new limit holds for what merges then."""
-    five = players(host, 5, 7)
-    host.scan(2)
-    with refused(errno.EBUSY):
-        host.set("max_page_sharing", 2)
+    assert joined(host.observe(), *three)
     host.set("run", 2)
+    host.set("merge_across_nodes", 1)
     host.set("max_page_sharing", 2)
     host.set("run", 1)
-    host.scan(3)
-    seen = host.observe()
-    assert max(seen.sharers(p, r, 0) for p, r in five) == 2
-    assert (seen["pages_shared"], seen["pages_unshared"]) == (2, 1)
-
-
-def scenario_run_2_twice_does_nothing(host: Host) -> None:
-    """`run` 2 written again, or 1 and 0 in any order, changes nothing but `run`."""
-    equal = players(host, 2, 7)
-    host.scan(2)
-    for value in (0, 1, 0, 0, 1, 1):
-        host.set("run", value)
-        assert joined(host.observe(), *equal)
-    for value in (2, 2, 0, 2, 1):
-        host.set("run", value)
-        seen = host.observe()
-        assert (seen["pages_shared"], seen["full_scans"]) == (0, 0)
-
-
-def scenario_pages_to_scan_does_not_change_what_merges(host: Host) -> None:
-    """How many pages a batch looks at, and how long it rests, changes when things merge, and not what."""
-    host.set("pages_to_scan", 1)
-    host.set("sleep_millisecs", 0)
-    one, other = player(host, 7, 8, 9), player(host, 9, 8, 7)
     host.scan(2)
     seen = host.observe()
-    assert all(seen.sharers(p, r, index) == 2 for p, r in (one, other) for index in range(3))
-    assert (host.get("pages_to_scan"), host.get("sleep_millisecs")) == (1, 0)
+    assert joined(seen, *three[:2])
+    assert seen.sharers(*three[2], 0) == 1
+    for process, area in three[:2]:
+        process.write(area, 0, 8)
+        with refused(errno.EBUSY):
+            host.set("max_page_sharing", 3)
+    host.scan()
+    host.set("max_page_sharing", 3)

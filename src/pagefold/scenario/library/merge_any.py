@@ -47,20 +47,6 @@ def scenario_merge_any_off_gives_private_copies(host: Host) -> None:
     assert (seen["pages_shared"], seen["pages_sharing"]) == (1, 0)
 
 
-def scenario_merge_any_off_ends_advice_too(host: Host) -> None:
-    """Ending it takes MERGEABLE off every area, also off those that were advised by themselves."""
-    p1, r1 = _plain(host, 7, 7)
-    p1.madvise(r1, "MERGEABLE")
-    p1.merge_any(True)
-    host.scan(2)
-    assert host.observe().sharers(p1, r1, 0) == 2
-    p1.merge_any(False)
-    host.scan(3)
-    seen = host.observe()
-    assert seen.sharers(p1, r1, 0) == 1
-    assert seen.processes[p1.number]["ksm_rmap_items"] == 0
-
-
 def scenario_merge_any_is_inherited_by_fork(host: Host) -> None:
     """What a child maps merges too, without anybody saying so; ending it in the child leaves the parent as it was."""
     p1, r1 = _plain(host, 7)
@@ -80,19 +66,3 @@ def scenario_merge_any_is_inherited_by_fork(host: Host) -> None:
     seen = host.observe()
     assert joined(seen, (p1, r1), (p1, r3))
     assert seen.sharers(child, r2, 0) == 1
-
-
-def scenario_merge_any_leaves_out_what_is_unadvised(host: Host) -> None:
-    """MADV_UNMERGEABLE takes an area out, though the process merges anything else; switching it on again is no change."""
-    p1, r1 = _plain(host, 7)
-    r2 = p1.mmap(2)
-    p1.write(r2, 0, 7)
-    p1.write(r2, 1, 7)
-    p1.merge_any(True)
-    p1.madvise(r2, "UNMERGEABLE")
-    p1.merge_any(True)
-    other = player(host, 7)
-    host.scan(3)
-    seen = host.observe()
-    assert joined(seen, (p1, r1), other)
-    assert seen.sharers(p1, r2, 0) == seen.sharers(p1, r2, 1) == 1

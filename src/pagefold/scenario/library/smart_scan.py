@@ -1,8 +1,7 @@
-"""smart_scan: pages that never merged are looked at less and less often."""
+"""Smart scan: pages that never merged are looked at less and less often."""
 
 from __future__ import annotations
 
-from pagefold.scenario.files import states
 from pagefold.scenario.host import Host
 from pagefold.scenario.library.stage import joined, player, players
 
@@ -19,66 +18,21 @@ def scenario_pages_skipped_to_the_page(host: Host) -> None:
         seen = host.observe()
         looks = sum(at <= scan for at in LOOKED_AT)
         assert (seen["pages_scanned"], seen["pages_skipped"]) == (looks, scan - looks)
-        assert seen["pages_unshared"] == (1 < scan and scan in LOOKED_AT)
-
-
-@states(knobs={"smart_scan": 0})
-def scenario_nothing_is_skipped_without_smart_scan(host: Host) -> None:
-    """With smart_scan 0 every page is looked at in every scan."""
-    player(host, 7, 8, 9)
-    host.scan(12)
-    seen = host.observe()
-    assert (seen["pages_scanned"], seen["pages_skipped"], seen["pages_unshared"]) == (36, 0, 3)
-
-
-def scenario_merged_pages_are_never_skipped(host: Host) -> None:
-    """A KSM page is met in every scan, however old."""
-    players(host, 2, 7)
-    host.scan(12)
-    seen = host.observe()
-    assert (seen["pages_scanned"], seen["pages_skipped"]) == (24, 0)
+        assert seen["pages_unshared"] == (scan > 1 and scan in LOOKED_AT)
 
 
 def scenario_merged_pages_do_not_age(host: Host) -> None:
-    """A page that was merged for long is as young as on the day of its merge, when it is written: two looks and it merges."""
-    merged = players(host, 2, 7)
-    p3, r3 = player(host, 8)
+    """A KSM page is met in every scan; one that was merged for long is as young as on the day of its merge, when it is written."""
+    (p1, r1), (p2, r2) = players(host, 2, 7)
     host.scan(12)
-    p1, r1 = merged[0]
+    seen = host.observe()
+    assert (seen["pages_scanned"], seen["pages_skipped"]) == (24, 0)
     p1.write(r1, 0, 9)
     new = player(host, 9)
     host.scan(2)
     seen = host.observe()
     assert joined(seen, (p1, r1), new)
-    assert seen.sharers(p3, r3, 0) == 1
-    assert seen["pages_skipped"] > 0
-
-
-def scenario_old_page_lets_its_partner_wait(host: Host) -> None:
-    """A skipped page has left its tree: an equal newcomer finds it only when it is looked at again."""
-    old = player(host, 7)
-    host.scan(14)
-    new = player(host, 7)
-    for _ in range(15, 23):
-        host.scan()
-        assert host.observe()["pages_sharing"] == 0
-    host.scan(10)
-    assert LOOKED_AT[-2:] == (23, 32)
-    assert joined(host.observe(), old, new)
-
-
-def scenario_old_page_joins_a_ksm_page_when_looked_at(host: Host) -> None:
-    """An old page merges with what is in the stable tree at its next look; whoever is there waits for nobody."""
-    p1, r1 = player(host, 8)
-    host.scan(9)
-    merged = players(host, 2, 7)
-    p1.write(r1, 0, 7)
-    host.scan(4)
-    assert joined(host.observe(), *merged)
-    host.scan()
-    assert host.observe()["pages_sharing"] == 1
-    host.scan(9)
-    assert joined(host.observe(), (p1, r1), *merged)
+    assert (seen["pages_skipped"], seen.sharers(p2, r2, 0)) == (0, 1)
 
 
 def scenario_pages_of_different_age_may_never_meet(host: Host) -> None:

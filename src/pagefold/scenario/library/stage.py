@@ -1,4 +1,4 @@
-"""Own what many scenarios begin with: processes with advised pages; and two ways to look at what came of it."""
+"""Own what many scenarios begin with: processes with advised pages; and how what came of it is looked at."""
 
 from __future__ import annotations
 
@@ -30,6 +30,18 @@ def joined(seen: Observation, *players: Player) -> bool:
     """Tell whether the first pages of these players are one page, which nobody else maps."""
     places = {seen.place(process, area, 0) for process, area in players}
     return len(places) == 1 and seen.sharers(*players[0], 0) == len(players)
+
+
+def joined_on(seen: Observation, node: int, *players: Player) -> bool:
+    """Tell whether the first pages of these players are one page on that node, which nobody else maps."""
+    place = seen.place(*players[0], 0)
+    return joined(seen, *players) and place is not None and place.node == node
+
+
+def move(player: Player, node: int) -> None:
+    """Move a player's first page, with all who map it, to a node."""
+    process, area = player
+    assert process.move_pages(area, {0: node}) == {0: node}
 
 
 def nodes_of(seen: Observation) -> dict[tuple[int, int], int]:

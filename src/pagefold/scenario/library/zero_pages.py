@@ -1,4 +1,4 @@
-"""use_zero_pages: a page of zeroes can give way to the kernel's zero page, which belongs to nobody."""
+"""Zero pages (use_zero_pages): a page of zeroes can give way to the kernel's zero page, which belongs to nobody."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def scenario_zeroes_merge_like_any_content(host: Host) -> None:
 
 
 def scenario_one_page_of_zeroes_is_enough(host: Host) -> None:
-    """A page of zeroes needs no partner: in its second scan the zero page is mapped instead, and its frame is free."""
+    """A page of zeroes needs no partner: in its second scan the zero page is mapped instead, and its frame is free. A write ends it."""
     p1, r1 = player(host, 0, 7)
     host.scan()
     assert host.observe()["ksm_zero_pages"] == 0
@@ -31,50 +31,32 @@ def scenario_one_page_of_zeroes_is_enough(host: Host) -> None:
     assert (seen["ksm_zero_pages"], seen["pages_shared"], seen["pages_unshared"]) == (1, 0, 1)
     assert seen.processes[p1.number]["ksm_zero_pages"] == 1
     assert p1.read(r1, 0) == 0
-
-
-def scenario_write_to_a_zero_page(host: Host) -> None:
-    """A write ends it: the page is the process's own again, and counted no more; zeroed again, it goes again."""
-    p1, r1 = player(host, 0, 0)
-    host.scan(2)
-    assert host.observe()["ksm_zero_pages"] == 2
-    p1.write(r1, 0, 7)
+    p1.write(r1, 0, 8)
     seen = host.observe()
-    assert (seen["ksm_zero_pages"], seen.processes[p1.number]["ksm_zero_pages"]) == (1, 1)
-    assert p1.read(r1, 0) == 7
-    p1.write(r1, 0, 0)
-    host.scan(2)
-    assert host.observe()["ksm_zero_pages"] == 2
+    assert (seen["ksm_zero_pages"], seen.processes[p1.number]["ksm_zero_pages"]) == (0, 0)
 
 
 def scenario_unadvised_zero_pages_become_private(host: Host) -> None:
-    """MADV_UNMERGEABLE gives real pages of zeroes back."""
+    """MADV_UNMERGEABLE gives real pages of zeroes back, and `run` 2 all that are left."""
     p1, r1 = player(host, 0, 0)
-    p2, _ = player(host, 0)
+    p2, r2 = player(host, 0)
     host.scan(2)
+    assert host.observe()["ksm_zero_pages"] == 3
     p1.madvise(r1, "UNMERGEABLE")
     seen = host.observe()
     for index in (0, 1):
         place = seen.place(p1, r1, index)
         assert place is not None and place.node != ZERO
     assert seen["ksm_zero_pages"] == seen.processes[p2.number]["ksm_zero_pages"] == 1
-
-
-def scenario_zero_pages_unmap_and_exit(host: Host) -> None:
-    """Unmapping and exiting takes zero pages off the count."""
-    p1, r1 = player(host, 0, 0, 0)
-    p2, _ = player(host, 0)
-    host.scan(2)
-    p1.munmap(r1, 1, 1)
-    assert host.observe()["ksm_zero_pages"] == 3
-    p1.exit()
-    assert host.observe()["ksm_zero_pages"] == 1
-    p2.exit()
-    assert host.observe()["ksm_zero_pages"] == 0
+    host.set("run", 2)
+    seen = host.observe()
+    place = seen.place(p2, r2, 0)
+    assert place is not None and place.node != ZERO
+    assert seen["ksm_zero_pages"] == 0
 
 
 def scenario_child_inherits_zero_pages(host: Host) -> None:
-    """After a fork a zero page counts once for the parent and once for the child, each until it writes."""
+    """After a fork a zero page counts once for the parent and once for the child, each until it writes, unmaps or exits."""
     p1, r1 = player(host, 0)
     host.scan(2)
     child = p1.fork()
@@ -86,19 +68,11 @@ def scenario_child_inherits_zero_pages(host: Host) -> None:
     seen = host.observe()
     assert seen["ksm_zero_pages"] == 1
     assert (p1.read(r1, 0), child.read(r1, 0)) == (0, 7)
-
-
-def scenario_run_2_takes_zero_pages_back(host: Host) -> None:
-    """`run` 2 gives private pages of zeroes; with use_zero_pages off they merge like any content after that."""
-    equal = players(host, 3, 0)
-    host.scan(2)
-    assert host.observe()["ksm_zero_pages"] == 3
-    host.set("run", 2)
+    other = p1.fork()
+    p1.exit()
+    assert host.observe()["ksm_zero_pages"] == 1
+    other.munmap(r1)
     assert host.observe()["ksm_zero_pages"] == 0
-    host.set("use_zero_pages", 0)
-    host.set("run", 1)
-    host.scan(2)
-    assert joined(host.observe(), *equal)
 
 
 @states(knobs={"use_zero_pages": 0})
@@ -117,16 +91,3 @@ def scenario_merged_zeroes_do_not_become_zero_pages(host: Host) -> None:
     seen = host.observe()
     assert joined(seen, *others)
     assert seen["ksm_zero_pages"] == 2
-
-
-def scenario_zero_pages_stay_when_switched_off(host: Host) -> None:
-    """Switched off, use_zero_pages leaves what it has done; a new page of zeroes waits for a partner."""
-    p1, _ = player(host, 0)
-    host.scan(2)
-    host.set("use_zero_pages", 0)
-    new = player(host, 0)
-    host.scan(3)
-    seen = host.observe()
-    assert seen.processes[p1.number]["ksm_zero_pages"] == seen["ksm_zero_pages"] == 1
-    assert seen.sharers(*new, 0) == 1
-    assert seen["pages_unshared"] == 1
