@@ -6,10 +6,14 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from tests.conftest import SLOW
 
+from pagefold.scenario import sim_host
 from pagefold.scenario.host import FreshHost
 from pagefold.scenario.places import Place, open_host, why_not
 
+if SLOW:
+    sim_host.FRAMES = 4096  # every observation walks them all
 # `make conform` asks for all; a normal run for a part that represents it.
 ALL = os.environ.get("PAGEFOLD_CONFORM", "") == "all"
 

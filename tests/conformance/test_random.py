@@ -63,7 +63,7 @@ def compare(host: FreshHost, examples: int) -> None:
         merged += any(isinstance(step.outcome, Observation) and step.outcome["pages_sharing"] for step in steps)
         if found := first_difference(reference, steps):
             number, things = found
-            text = "\n".join(as_scenario(reference[: number + 1], "found", f"With {knobs}."))
+            text = "\n".join(as_scenario(reference[: number + 1], "found", "Say what it shows.", knobs))
             pytest.fail(f"differs at step {number + 1}: {things}\n\n{text}", pytrace=False)
 
     equal()

@@ -168,7 +168,9 @@ def test_knobs_begin_at_the_documented_values() -> None:
 def test_limits_are_inclusive_and_strings_are_numbers(name: str) -> None:
     engine = Engine(Machine(frames=4))
     knob = settings.KNOBS[name]
-    kept = settings.UINT_MAX if name == "advisor_max_cpu" else settings.ULONG_MAX  # the kernel takes 64 bits of it, and keeps 32
+    kept = (
+        settings.UINT_MAX if name == "advisor_max_cpu" else settings.ULONG_MAX
+    )  # the kernel takes 64 bits of it, and keeps 32
     for value in (knob.low, str(knob.high)):
         engine.set(name, value)
         assert engine.get(name) == int(value) & kept

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +47,8 @@ def conform(
     """Run scenarios on the simulated machine and on real kernels, and compare what can be seen after every step.
 
     A scenario is a function `scenario_*(host)` in a Python file; docs/conformance.md says how to write one. Compared are all of the
-    kernel's counters, and of every page its node and whom it shares its frame with. The exit code is 1 if anything differs.
+    kernel's counters, and of every page its node and whom it shares its frame with. The exit code is 1 if anything differs, or
+    if nothing could be compared though several hosts were named.
 
     With `kernel` the settings in /sys/kernel/mm/ksm are borrowed under a lock, and restored however this ends.
 
@@ -64,31 +65,35 @@ def conform(
     wanted_nodes = check_nodes(nodes)
     if kernel is not None and not kernel.is_file():
         raise UsageError(f"{kernel}: there is no such kernel image")
-    scenarios = [one for wanted in files or [str(scenario_files.LIBRARY)] for one in scenario_files.load(wanted)]
-    places: dict[Kind, Place] = {"guest": Place("guest", kernel=kernel)}
-    for kind in list(kinds):
-        if reason := why_not(places.get(kind, Place(kind))):
-            if host is not None:
-                raise NotHere(f"{kind}: {reason}")
-            print(f"pagefold: left out: {kind}: {one_line(reason)}", file=sys.stderr)
-            kinds.remove(kind)
-    arranged = arrange(scenarios, kinds, wanted_nodes, places)
     rows = []
-    with _progress(sum(map(len, arranged.values()))) as progress:
-        for row in conform(arranged, with_sim="sim" in kinds):
-            rows.append(row)
-            progress(f"{row.kind}: {row.scenario.name}", len(rows))
+    # What scenarios print is not our answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        wanted = files or [str(scenario_files.LIBRARY)]
+        scenarios = list(dict.fromkeys(one for path in wanted for one in scenario_files.load(path)))
+        places: dict[Kind, Place] = {"guest": Place("guest", kernel=kernel)}
+        for kind in list(kinds):
+            if reason := why_not(places.get(kind, Place(kind))):
+                if host is not None:
+                    raise NotHere(f"{kind}: {reason}")
+                print(f"pagefold: left out: {kind}: {one_line(reason)}", file=sys.stderr)
+                kinds.remove(kind)
+        arranged = arrange(scenarios, kinds, wanted_nodes, places)
+        with _progress(sum(map(len, arranged.values()))) as progress:
+            for row in conform(arranged, with_sim="sim" in kinds):
+                rows.append(row)
+                progress(f"{row.kind}: {row.scenario.name}", len(rows))
     order = {one: number for number, one in enumerate(scenarios)}
-    rows.sort(key=lambda row: order[row.scenario])
+    rows.sort(key=lambda row: order.get(row.scenario, len(order)))
     if as_json:
         print_json(rows)
     else:
         print_rows(rows)
-    if any(row.state in BAD for row in rows):
+    asked_to_compare = host is not None and len(kinds) > 1
+    if any(row.state in BAD for row in rows) or (asked_to_compare and not any(row.reference for row in rows)):
         raise typer.Exit(1)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _progress(runs: int) -> Iterator[Callable[[str, int], None]]:
     """Show a bar on stderr while scenarios run, if that is a terminal; called with (what was done, runs done)."""
     if not sys.stderr.isatty():

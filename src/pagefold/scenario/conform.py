@@ -6,16 +6,18 @@ else it is the first that ran the scenario.
 
 from __future__ import annotations
 
+import shlex
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
-from pagefold.errors import UsageError
+from pagefold.errors import PagefoldError, UsageError
 from pagefold.scenario.files import Scenario
 from pagefold.scenario.host import FreshHost, HostFailed
-from pagefold.scenario.places import KINDS, Kind, Place, open_host
+from pagefold.scenario.places import KINDS, Kind, Place, nodes_here, open_host
 from pagefold.scenario.record import Recorder, Step, first_difference
 from pagefold.scenario.sim_host import SimHost
 
@@ -23,6 +25,7 @@ State = Literal["equal", "ran", "skipped", "different", "failed"]
 BAD: tuple[State, ...] = ("different", "failed")
 MOST_NODES = 8
 USUAL_NODES = 2  # of a guest, where nobody says
+AT_THE_END = Scenario("(the host's end)", Path(), lambda host: None)
 Opener = Callable[[Place], AbstractContextManager[FreshHost]]
 
 
@@ -40,7 +43,7 @@ class Row:
     """What came of one scenario on one host. `reference` is the host it was compared with, "" for none."""
 
     scenario: Scenario
-    kind: Kind
+    place: Place
     nodes: int
     state: State
     why: str = ""
@@ -48,13 +51,23 @@ class Row:
     difference: Difference | None = None
     steps: int = 0
     release: str = ""  # of the kernel, "" for the simulated machine
+    with_sim: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """Which host it was."""
+        return self.place.kind
 
     @property
     def repeat(self) -> str:
         """The command that repeats it."""
-        hosts = ",".join(dict.fromkeys(name for name in (self.reference, self.kind) if name))
-        nodes = "" if self.kind == "kernel" else f" --nodes {self.nodes}"
-        return f"pagefold conform {self.scenario.path}::{self.scenario.name} --host {hosts}{nodes}"
+        hosts = dict.fromkeys(name for name in ("sim" if self.with_sim else "", self.reference, self.kind) if name)
+        words = ["pagefold", "conform", f"{self.scenario.path}::{self.scenario.name}", "--host", ",".join(hosts)]
+        if self.kind != "kernel":
+            words += ["--nodes", str(self.nodes)]
+        if self.place.kernel is not None:
+            words += ["--kernel", str(self.place.kernel)]
+        return shlex.join(words)
 
 
 @dataclass
@@ -83,24 +96,33 @@ def check_nodes(text: str | None) -> int | None:
 
 
 def arrange(
-    scenarios: Sequence[Scenario], kinds: Sequence[Kind], nodes: int | None, places: dict[Kind, Place]
+    scenarios: Sequence[Scenario], kinds: Sequence[Kind], nodes: int | None, places: Mapping[Kind, Place]
 ) -> dict[Place, list[Scenario]]:
-    """Return which scenarios are run where: each place is opened once. `places` says more of a kind, as its kernel."""
+    """Return which scenarios are run where: each place is opened once. `places` says more of a kind, as its kernel.
+
+    Where nobody says how many nodes, a guest has what its scenario needs; beside this machine's kernel alone, as many as that has.
+    """
     arranged: dict[Place, list[Scenario]] = {}
     real = [kind for kind in kinds if kind != "sim"]
+    usual = {
+        "sim": 1,
+        "kernel": 1,
+        "guest": nodes_here() if real == list(kinds) == ["kernel", "guest"] else USUAL_NODES,
+    }
     for kind in real or kinds:
         for scenario in scenarios:
             place = places.get(kind, Place(kind))
             if kind != "kernel":
-                usual = USUAL_NODES if kind == "guest" else 1
-                wanted = nodes or max(usual, scenario.nodes)
+                wanted = nodes or min(max(usual[kind], scenario.nodes), MOST_NODES)
                 hotplug = kind == "guest" and "offline" in scenario.needs and wanted > 1
                 place = place._replace(nodes=wanted, hotplug=hotplug)
             arranged.setdefault(place, []).append(scenario)
     return arranged
 
 
-def conform(arranged: dict[Place, list[Scenario]], *, with_sim: bool, opener: Opener = open_host) -> Iterator[Row]:
+def conform(
+    arranged: Mapping[Place, Sequence[Scenario]], *, with_sim: bool, opener: Opener = open_host
+) -> Iterator[Row]:
     """Yield what came of every scenario at every place, as it comes."""
     references = _References(with_sim)
     for place, scenarios in arranged.items():
@@ -111,35 +133,37 @@ def conform(arranged: dict[Place, list[Scenario]], *, with_sim: bool, opener: Op
 
 def _at_place(place: Place, left: list[Scenario], references: _References, opener: Opener) -> Iterator[Row]:
     """Run what is left at a place until nothing is, or the host fails: then the rest waits for a fresh one."""
-    done = 0
+    opened = False
+    last: Scenario | None = None
     try:
         with opener(place) as host:
+            opened = True
             while left:
-                row = _judge(host, place.kind, left[0], references)
-                left.pop(0)
-                done += 1
-                yield row
-    except HostFailed as error:
-        if left:
-            yield Row(left.pop(0), place.kind, place.nodes, "failed", str(error))
-            if not done:  # it never worked: nor would it for the others
-                yield from (Row(one, place.kind, place.nodes, "failed", "the host failed before") for one in left)
-                left.clear()
-        else:
-            raise
+                last = left.pop(0)
+                yield _judge(host, place, last, references)
+                last = None
+    except PagefoldError as error:
+        why = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        if opened and last is None:  # it failed at its end, after all was done
+            return (yield Row(AT_THE_END, place, place.nodes, "failed", why, with_sim=references.with_sim))
+        if last is not None:
+            yield Row(last, place, place.nodes, "failed", why, with_sim=references.with_sim)
+        if not opened:  # nor would it for the others
+            yield from (Row(one, place, place.nodes, "failed", why, with_sim=references.with_sim) for one in left)
+            left.clear()
 
 
 class _References:
     """What hosts are compared with: records by scenario and number of nodes."""
 
     def __init__(self, with_sim: bool) -> None:
-        self._with_sim = with_sim
+        self.with_sim = with_sim
         self._sims: dict[int, SimHost] = {}
         self._first: dict[tuple[Scenario, int], tuple[Kind, Run]] = {}
 
     def of(self, scenario: Scenario, kind: Kind, nodes: int, run: Run) -> tuple[str, Run | None]:
         """Return the reference's name and record; ("", None) if this is the first."""
-        if self._with_sim and kind != "sim":
+        if self.with_sim and kind != "sim":
             sim = self._sims.setdefault(nodes, SimHost(nodes))
             return sim.name, play(sim, scenario)
         key = (scenario, nodes)
@@ -152,49 +176,48 @@ class _References:
 def play(host: FreshHost, scenario: Scenario) -> Run:
     """Run a scenario on a host; HostFailed if the host itself fails."""
     run = Run()
+    recorder = Recorder(host)
     try:
         host.begin(scenario.knobs)
-        recorder = Recorder(host)
         run.steps = recorder.steps
-        scenario.run(recorder)
-    except HostFailed:
-        raise
-    except Exception as error:
-        run.failure = _where(error, scenario)
-    else:
+        returned = scenario.run(recorder)
+        if returned is not None:
+            run.failure = f"it returned {returned!r}; what it has to say, it must assert"
         recorder.observe()
+    except (HostFailed, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # also one that wants to end us, or a test framework's
+        run.failure = _where(error, scenario)
+    if recorder.failed is not None:  # though the scenario went on
+        raise recorder.failed
+    host.end()  # what the kernel complains of while it cleans up is this scenario's doing too
     if complaints := host.complaints():
         run.failure = f"{host.name} complains: {'; '.join(complaints)}"
     return run
 
 
-def _where(error: Exception, scenario: Scenario) -> str:
+def _where(error: BaseException, scenario: Scenario) -> str:
     """Say what went wrong in a scenario, and at which line of its file."""
+    said = f"{type(error).__name__}{f': {error}' if str(error) else ''}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.filename == str(scenario.path):
-            said = f": {error}" if str(error) else ""
-            return f"{scenario.path.name}:{frame.lineno}: {frame.line}: {type(error).__name__}{said}"
-    return f"{type(error).__name__}: {error}"
+        if Path(frame.filename).resolve() == scenario.path.resolve():
+            return f"{scenario.path.name}:{frame.lineno}: {frame.line}: {said}"
+    return said
 
 
-def _judge(host: FreshHost, kind: Kind, scenario: Scenario, references: _References) -> Row:
+def _judge(host: FreshHost, place: Place, scenario: Scenario, references: _References) -> Row:
     """Run a scenario on a host and compare it."""
+    row = Row(scenario, place, host.nodes, "ran", release=host.release, with_sim=references.with_sim)
     if reason := scenario.why_not(host):
-        return Row(scenario, kind, host.nodes, "skipped", reason, release=host.release)
+        return replace(row, state="skipped", why=reason)
     run = play(host, scenario)
-    name, reference = references.of(scenario, kind, host.nodes, run)
-    state: State = "ran" if reference is None else "equal"
-    difference = None
-    why = run.failure
-    if reference is not None:
-        if reference.failure and not why:
-            why = f"on {name}: {reference.failure}"
-        if found := first_difference(reference.steps, run.steps):
-            number, things = found
-            line = (reference.steps if number < len(reference.steps) else run.steps)[number].line
-            difference = Difference(number + 1, line, tuple(things))
-    if difference:
-        state = "different"
-    elif why:
-        state = "failed"
-    return Row(scenario, kind, host.nodes, state, why, name, difference, len(run.steps), host.release)
+    row = replace(row, steps=len(run.steps), why=run.failure)
+    name, reference = references.of(scenario, place.kind, host.nodes, run)
+    if reference is None:
+        return replace(row, state="failed" if run.failure else "ran")
+    row = replace(row, reference=name, why=run.failure or (reference.failure and f"on {name}: {reference.failure}"))
+    if found := first_difference(reference.steps, run.steps):
+        number, things = found
+        line = (reference.steps if number < len(reference.steps) else run.steps)[number].line
+        return replace(row, state="different", difference=Difference(number + 1, line, tuple(things)))
+    return replace(row, state="failed" if row.why else "equal")

@@ -28,10 +28,10 @@ class Scenario:
 
     name: str
     path: Path
-    run: Callable[[Host], object]
-    nodes: int = 1
-    needs: frozenset[str] = frozenset()
-    knobs: Mapping[str, int | str] = field(default_factory=dict, hash=False)
+    run: Callable[[Host], object] = field(compare=False)
+    nodes: int = field(default=1, compare=False)
+    needs: frozenset[str] = field(default=frozenset(), compare=False)
+    knobs: Mapping[str, int | str] = field(default_factory=dict, compare=False)
 
     @property
     def shows(self) -> str:
@@ -92,15 +92,20 @@ def _module(path: Path) -> ModuleType:
     name = (
         f"pagefold.scenario.library.{path.stem}" if path.resolve().parent == LIBRARY else f"_scenarios_of_{path.stem}"
     )
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
         raise UsageError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # so that its dataclasses and the like work
+    sys.path.insert(0, str(path.resolve().parent))  # as if it were run
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also one that wants to end us
         raise UsageError(f"{path}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
     return module
 
 
@@ -111,6 +116,12 @@ def _scenario(path: Path, module: ModuleType, name: str, function: Callable[[Hos
         if value is not None:
             stated[key] = value
     where = f"{path}::{name}"
+    if (
+        inspect.isgeneratorfunction(function)
+        or inspect.iscoroutinefunction(function)
+        or inspect.isasyncgenfunction(function)
+    ):
+        raise UsageError(f"{where} is a generator or async: it would not run; make it a plain function")
     nodes, needs, knobs = stated.get("nodes", 1), stated.get("needs", ()), stated.get("knobs", {})
     if not isinstance(nodes, int) or nodes < 1:
         raise UsageError(f"{where} states nodes = {nodes!r}; use 1 or more")

@@ -178,7 +178,7 @@ class Host(Protocol):
         """Start a process whose memory is wanted on node 0."""
 
     def offline(self, node: int) -> None:
-        """Take a node's memory away; OSError EBUSY if some of it cannot be moved elsewhere."""
+        """Take a node's memory away; OSError EBUSY if some of it cannot be moved elsewhere, EINVAL for node 0 or a node without."""
 
     def online(self, node: int) -> None:
         """Put it back."""
@@ -207,6 +207,9 @@ class FreshHost(Host, Protocol):
 
     def begin(self, knobs: Mapping[str, int | str]) -> None:
         """Forget everything, and begin a scenario with KNOBS and these."""
+
+    def end(self) -> None:
+        """End the scenario: its processes are gone, nothing is merged."""
 
     def complaints(self) -> list[str]:
         """Return what went wrong beside the scenario (kernel warnings, broken invariants) since this was last asked."""

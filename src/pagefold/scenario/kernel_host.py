@@ -37,14 +37,21 @@ class Channel:
     def __init__(self, to: Pipe, back: Pipe, who: str) -> None:
         self._to, self._back, self._who = to, back, who
         self._read = b""
+        self._failed = ""  # why nothing more is asked: a late answer would be taken for the next one
 
     def ask(self, *request: Any) -> Any:
         """Return the answer to a request; OSError if that is the answer, HostFailed if none comes."""
         try:
+            if self._failed:
+                raise HostFailed(self._failed)
             self._send(json.dumps(request).encode() + b"\n")
             answer = json.loads(self._line(request))
         except BrokenPipeError:
-            raise HostFailed(f"{self._who}: it is gone; nothing was answered to {request}") from None
+            self._failed = f"{self._who}: it is gone; nothing was answered to {request}"
+            raise HostFailed(self._failed) from None
+        except HostFailed as error:
+            self._failed = str(error)
+            raise
         if "errno" in answer:
             raise OSError(answer["errno"], answer["text"])
         return answer["ok"]
@@ -61,7 +68,7 @@ class Channel:
                 raise HostFailed(f"{self._who}: no answer to {request} within {PATIENCE:.0f} seconds")
             got = os.read(self._back.fileno(), 1 << 16)
             if not got:
-                raise HostFailed(f"{self._who}: it died at {request}; what it said last stands above")
+                raise HostFailed(f"{self._who}: it died at {request}")
             self._read += got
         line, self._read = self._read.split(b"\n", 1)
         return line
@@ -179,7 +186,10 @@ class KernelHost:
         self.name = name
         self.channel = channel
         self.complaints = complain
-        said = channel.ask("hello")
+        try:
+            said = channel.ask("hello")
+        except OSError as error:
+            raise HostFailed(f"{name}: {error.strerror}") from None
         numbers = said["nodes"]
         counts = (count for count in range(len(numbers), 0, -1) if numbers[:count] == list(range(count)))
         self.nodes = next(counts, 0)
@@ -200,6 +210,10 @@ class KernelHost:
             ) from None
         for knob, value in knobs.items():
             self.set(knob, value)
+
+    def end(self) -> None:
+        """See FreshHost."""
+        self.channel.ask("clear")
 
     def set(self, knob: str, value: int | str) -> None:
         """See Host."""
@@ -223,7 +237,7 @@ class KernelHost:
         return KernelProcess(self, self._spawned, next_vpn, mapped)
 
     def offline(self, node: int) -> None:
-        """See Host."""
+        """See Host. Not this machine's own memory: a scenario states that it needs to."""
         self._check_node(node)
         self.channel.ask("offline", node)
 
@@ -235,6 +249,10 @@ class KernelHost:
     def _check_node(self, node: int) -> None:
         if not 0 <= node < self.nodes:
             raise UsageError(f"node {node} does not exist; use 0 to {self.nodes - 1}")
+        if "offline" not in self.features:
+            raise OSError(
+                errno.EOPNOTSUPP, f"{self.name}: memory is not taken offline here; state needs = {{'offline'}}"
+            )
 
     def scan(self, passes: int = 1) -> None:
         """See Host."""

@@ -1,8 +1,9 @@
 """Own the real kernel's merger, borrowed: its knobs under a lock, and as they were when we are done, however we end.
 
 Why it is restored even after SIGKILL: a guard process watches us through a pidfd, and holds the lock too. When we say so, or are gone,
-it unmerges, writes the saved knobs back, and only then lets go of the lock. The lock is on the folder of the knobs itself, so that it
-is one for the whole machine.
+it waits until every process that we let use the knobs is gone too, unmerges, writes the saved knobs back, and only then lets go of the
+lock. The lock is on the folder of the knobs itself, so that it is one for the whole machine. Who uses the knobs for us inherits
+`witness`, the one writing end of a pipe that the guard reads: the pipe ends with the last of them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ KNOBS = (
 _PATIENCE = 60.0  # seconds in which ksmd must end a full scan, or something is wrong
 _GUARD = """
 import errno, os, pathlib, select, sys, time
-sysfs, parent, knobs = pathlib.Path(sys.argv[1]), int(sys.argv[2]), [word.split("=", 1) for word in sys.argv[3:]]
+sysfs, parent, users = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+knobs = [word.split("=", 1) for word in sys.argv[4:]]
 passing = (errno.EBUSY, errno.EINTR, errno.EAGAIN, errno.ENOMEM)
 try:
     alive = [os.pidfd_open(parent)]
@@ -41,6 +43,7 @@ except ProcessLookupError:
 print("ready", flush=True)
 if alive:
     select.select([0, *alive], [], [])
+select.select([users], [], [], 60)  # longer than any of them needs to end
 failed = 0
 for knob, value in knobs:
     for attempt in range(100):
@@ -72,6 +75,7 @@ class KernelKsm:
         self.sysfs = sysfs
         self._guard: subprocess.Popen[str] | None = None
         self._lock_fd = -1
+        self.witness = -1  # to be inherited by every process that uses the knobs for us
 
     @staticmethod
     def why_not(sysfs: Path = SYSFS) -> str | None:
@@ -86,7 +90,11 @@ class KernelKsm:
         if reason := self.why_not(self.sysfs):
             raise NotPermitted(reason)
         self._lock_fd = os.open(self.sysfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("pagefold: waiting for another user of this machine's KSM ...", file=sys.stderr)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
         try:
             if any(
                 self.get(name) for name in ("run", "pages_shared", "ksm_zero_pages") if (self.sysfs / name).exists()
@@ -103,15 +111,17 @@ class KernelKsm:
     def _start_guard(self) -> None:
         saved = [f"{name}={self._chosen(name)}" for name in KNOBS if (self.sysfs / name).exists()]
         quiet = ["advisor_mode=none"] if (self.sysfs / "advisor_mode").exists() else []
-        arguments = [str(self.sysfs), str(os.getpid()), "run=2", *quiet, *saved, "run=0"]
+        users, self.witness = os.pipe()
+        arguments = [str(self.sysfs), str(os.getpid()), str(users), "run=2", *quiet, *saved, "run=0"]
         self._guard = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _GUARD, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            pass_fds=(self._lock_fd,),
+            pass_fds=(self._lock_fd, users),
             start_new_session=True,  # a Ctrl-C for us must not end it
         )
+        os.close(users)
         assert self._guard.stdout is not None
         if self._guard.stdout.readline() != "ready\n":
             raise PagefoldError("the guard that restores the KSM knobs did not start; nothing was changed")
@@ -120,6 +130,7 @@ class KernelKsm:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._guard is not None
+        os.close(self.witness)
         self._guard.communicate("done")
         os.close(self._lock_fd)
         if self._guard.returncode and kind is None:

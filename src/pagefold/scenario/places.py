@@ -17,16 +17,22 @@ from pagefold.scenario.sim_host import SimHost
 Kind = Literal["sim", "kernel", "guest"]
 KINDS: tuple[Kind, ...] = ("sim", "kernel", "guest")
 FAR_SIDE = Path(__file__).parent / "far" / "driver.py"  # a program; it imports what lies beside it
+_GRACE = 30.0  # seconds that a driver has to end its processes
 BOUND = 1800.0  # seconds after which a guest is ended, whatever it does
 
 
 class Place(NamedTuple):
-    """Where a host is to be found. `nodes` is not asked for `kernel`; with `hotplug` the last node of a guest can go offline."""
+    """Where a host is to be found. `nodes` is not asked for `kernel`; with `hotplug` all nodes of a guest but node 0 can go offline."""
 
     kind: Kind
     nodes: int = 1
     hotplug: bool = False
     kernel: Path | None = None  # of a guest; none: the one that was fetched
+
+
+def nodes_here() -> int:
+    """Return how many NUMA nodes with memory this machine has."""
+    return len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
 
 
 def why_not(place: Place) -> str | None:
@@ -55,28 +61,42 @@ def open_host(place: Place) -> Iterator[FreshHost]:
 
 @contextmanager
 def _this_kernel() -> Iterator[KernelHost]:
-    with KernelKsm():
-        command = [sys.executable, "-E", "-s", "-S", str(FAR_SIDE)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
-            assert process.stdin is not None and process.stdout is not None
+    with KernelKsm() as ksm:
+        driver = subprocess.Popen(
+            [sys.executable, "-E", "-s", "-S", str(FAR_SIDE)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            pass_fds=(ksm.witness,),
+            process_group=0,  # a Ctrl-C is for us: we end it
+        )
+        assert driver.stdin is not None and driver.stdout is not None
+        try:
+            yield KernelHost("kernel", Channel(driver.stdin, driver.stdout, "this kernel"), list, frozenset())
+        finally:
+            driver.stdin.close()  # it ends all it started, and then itself
             try:
-                yield KernelHost("kernel", Channel(process.stdin, process.stdout, "this kernel"), list, frozenset())
-            finally:
-                process.stdin.close()  # it ends all it started, and then itself
-        if process.returncode:
-            raise HostFailed(f"the driver of this kernel ended with status {process.returncode}")
+                driver.wait(_GRACE)
+            except subprocess.TimeoutExpired:
+                driver.kill()
+                driver.wait()
+            driver.stdout.close()
+        if driver.returncode:
+            raise HostFailed(f"the driver of this kernel ended with status {driver.returncode}")
 
 
 @contextmanager
 def _guest(place: Place) -> Iterator[KernelHost]:
     from kernelguest import Guest, GuestError
 
-    plugged = (place.nodes - 1,) if place.hotplug else ()
+    plugged = range(1, place.nodes) if place.hotplug else ()
     features = frozenset({"offline"} if plugged else ())
     try:
         with Guest(FAR_SIDE, kernel=place.kernel, nodes=place.nodes, hotplug=plugged, bound=BOUND) as guest:
-            channel = Channel(guest.stdin, guest.stdout, "the guest")
-            yield KernelHost("guest", channel, _only_new(guest.complaints), features)
+            complaints = _only_new(guest.complaints)
+            yield KernelHost("guest", Channel(guest.stdin, guest.stdout, "the guest"), complaints, features)
+        if late := complaints():
+            raise HostFailed(f"the guest complained at its end: {'; '.join(late)}")
     except GuestError as error:
         raise HostFailed(str(error)) from error
 

@@ -5,12 +5,11 @@ What a move means depends only on the moves before it, never on what a host answ
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 
 from pagefold.errors import PagefoldError
 from pagefold.machine import Area
-from pagefold.scenario.host import Host, HostProcess
+from pagefold.scenario.host import Host, HostFailed, HostProcess
 
 KINDS = (
     *(
@@ -57,8 +56,12 @@ class Player:
     def play(self, moves: Iterable[Move]) -> None:
         """Play moves; one that the host refuses is a move too."""
         for kind, a, b, c in moves:
-            with contextlib.suppress(OSError, PagefoldError):
+            try:
                 self._move(kind, a, b, c)
+            except HostFailed:
+                raise
+            except (OSError, PagefoldError):
+                continue
 
     def _mmap(self, at: int, node: int | None) -> None:
         process, areas = self.living[at]

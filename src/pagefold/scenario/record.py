@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
-from pagefold.errors import PagefoldError, UsageError
+from pagefold.errors import NoSuchProcess, PagefoldError, UsageError
 from pagefold.machine import Area
 from pagefold.scenario.host import MOST_CONTENT, FreshHost, HostFailed, HostProcess, Observation
 
@@ -51,13 +52,15 @@ class Recorder:
         self._host = host
         self.nodes = host.nodes
         self.steps: list[Step] = []
+        self.failed: HostFailed | None = None  # though the scenario may not have let it pass
         self._areas: dict[Area, str] = {}
 
     def note(self, line: str, action: Callable[[], Any], name: Callable[[Any], str] | None = None) -> Any:
         """Do something and write down what came of it; an error of the step is written down and passed on."""
         try:
             result = action()
-        except HostFailed:
+        except HostFailed as error:
+            self.failed = error
             raise
         except (OSError, PagefoldError) as error:
             self.steps.append(Step(line, f"raises {_say(error)}"))
@@ -81,7 +84,8 @@ class Recorder:
 
     def set(self, knob: str, value: int | str) -> None:
         """See Host."""
-        self.note(f"host.set({knob!r}, {value!r})", lambda: self._host.set(knob, value))
+        given = value if isinstance(value, str) else index(value)
+        self.note(f"host.set({knob!r}, {given!r})", lambda: self._host.set(knob, given))
 
     def get(self, name: str) -> int | str:
         """See Host."""
@@ -95,17 +99,20 @@ class Recorder:
 
     def offline(self, node: int) -> None:
         """See Host."""
-        self.note(f"host.offline({node})", lambda: self._host.offline(node))
+        number = index(node)
+        self.note(f"host.offline({number})", lambda: self._host.offline(number))
 
     def online(self, node: int) -> None:
         """See Host."""
-        self.note(f"host.online({node})", lambda: self._host.online(node))
+        number = index(node)
+        self.note(f"host.online({number})", lambda: self._host.online(number))
 
     def scan(self, passes: int = 1) -> None:
         """See Host. What can be seen after it is written down."""
-        if passes < 1:
-            raise UsageError(f"{passes} full scans cannot be waited for; use 1 or more")
-        self.note(f"host.scan({'' if passes == 1 else passes})", lambda: self._host.scan(passes))
+        count = index(passes)
+        if count < 1:
+            raise UsageError(f"{count} full scans cannot be waited for; use 1 or more")
+        self.note(f"host.scan({'' if count == 1 else count})", lambda: self._host.scan(count))
         self.observe()
 
     def observe(self) -> Observation:
@@ -120,10 +127,22 @@ class RecordedProcess:
     def __init__(self, recorder: Recorder, process: HostProcess) -> None:
         self._recorder = recorder
         self._process = process
+        self._alive = True
         self.number = process.number
 
     def _note(self, call: str, action: Callable[[], Any], name: Callable[[Any], str] | None = None) -> Any:
-        return self._recorder.note(f"p{self.number}.{call}", action, name)
+        def do() -> Any:
+            if not self._alive:
+                raise NoSuchProcess(f"process {self.number} has exited")
+            return action()
+
+        return self._recorder.note(f"p{self.number}.{call}", do, name)
+
+    def _on_page(self, call: str, area: Area, page: int, *more: int) -> Any:
+        """Call a method of the process with an area, a page of it, and further numbers."""
+        numbers = tuple(map(index, (page, *more)))
+        line = f"{call}({self._recorder.area_name(area)}, {', '.join(map(str, numbers))})"
+        return self._note(line, lambda: getattr(self._process, call)(area, *numbers))
 
     def fork(self) -> RecordedProcess:
         """See HostProcess."""
@@ -133,52 +152,53 @@ class RecordedProcess:
     def exit(self) -> None:
         """See HostProcess."""
         self._note("exit()", self._process.exit)
+        self._alive = False
 
     def mmap(self, pages: int, node: int | None = None) -> Area:
         """See HostProcess."""
-        call = f"mmap({pages}{'' if node is None else f', node={node}'})"
-        area: Area = self._note(call, lambda: self._process.mmap(pages, node=node), self._recorder.new_area)
+        count, wish = index(pages), None if node is None else index(node)
+        call = f"mmap({count}{'' if wish is None else f', node={wish}'})"
+        area: Area = self._note(call, lambda: self._process.mmap(count, wish), self._recorder.new_area)
         return area
 
     def munmap(self, area: Area, first: int = 0, count: int | None = None) -> None:
         """See HostProcess."""
-        call = f"munmap({self._name(area)}, {first}{'' if count is None else f', {count}'})"
-        self._note(call, lambda: self._process.munmap(area, first, count))
+        self._on_page("munmap", area, first, *(() if count is None else (count,)))
 
     def write(self, area: Area, index: int, content: int) -> None:
         """See HostProcess."""
         if not 0 <= content <= MOST_CONTENT:
             raise UsageError(f"content {content} does not fit; use 0 to {MOST_CONTENT}")
-        self._note(f"write({self._name(area)}, {index}, {content})", lambda: self._process.write(area, index, content))
+        self._on_page("write", area, index, content)
 
     def read(self, area: Area, index: int) -> int:
         """See HostProcess."""
-        return int(self._note(f"read({self._name(area)}, {index})", lambda: self._process.read(area, index)))
+        return int(self._on_page("read", area, index))
 
     def madvise(self, area: Area, advice: str) -> None:
         """See HostProcess."""
-        self._note(f"madvise({self._name(area)}, {advice!r})", lambda: self._process.madvise(area, advice))
+        call = f"madvise({self._recorder.area_name(area)}, {advice!r})"
+        self._note(call, lambda: self._process.madvise(area, advice))
 
     def merge_any(self, on: bool) -> None:
         """See HostProcess."""
-        self._note(f"merge_any({on})", lambda: self._process.merge_any(on))
+        wanted = bool(on)
+        self._note(f"merge_any({wanted})", lambda: self._process.merge_any(wanted))
 
     def move_pages(self, area: Area, wishes: Mapping[int, int]) -> dict[int, int]:
         """See HostProcess."""
-        call = f"move_pages({self._name(area)}, {dict(wishes)})"
-        answer: dict[int, int] = self._note(call, lambda: self._process.move_pages(area, wishes))
+        numbers = {index(page): index(node) for page, node in wishes.items()}
+        call = f"move_pages({self._recorder.area_name(area)}, {numbers})"
+        answer: dict[int, int] = self._note(call, lambda: self._process.move_pages(area, numbers))
         return answer
 
     def pin(self, area: Area, index: int) -> None:
         """See HostProcess."""
-        self._note(f"pin({self._name(area)}, {index})", lambda: self._process.pin(area, index))
+        self._on_page("pin", area, index)
 
     def unpin(self, area: Area, index: int) -> None:
         """See HostProcess."""
-        self._note(f"unpin({self._name(area)}, {index})", lambda: self._process.unpin(area, index))
-
-    def _name(self, area: Area) -> str:
-        return self._recorder.area_name(area)
+        self._on_page("unpin", area, index)
 
 
 def _say(error: Exception) -> str:
@@ -187,10 +207,12 @@ def _say(error: Exception) -> str:
     return f"OSError {errno.errorcode.get(code, code)}" if isinstance(code, int) else type(error).__name__
 
 
-def as_scenario(steps: list[Step], name: str, title: str) -> Iterator[str]:
-    """Yield the lines of a scenario that repeats these steps."""
+def as_scenario(steps: list[Step], name: str, title: str, knobs: Mapping[str, int | str]) -> Iterator[str]:
+    """Yield the lines of a scenario that begins with these knobs and repeats these steps."""
     yield f"def scenario_{name}(host: Host) -> None:"
     yield f'    """{title}"""'
+    for knob, value in knobs.items():
+        yield f"    host.set({knob!r}, {value!r})"
     for step in steps:
         if isinstance(step.outcome, Observation):
             continue

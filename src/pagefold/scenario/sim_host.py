@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 
+from pagefold import settings
 from pagefold.engine import Engine
 from pagefold.errors import CorruptionError
 from pagefold.machine import Area, Machine, Process
 from pagefold.scenario.host import COUNTERS, KNOBS, STATS, Observation
 from pagefold.settings import Rules
 
-FRAMES = 4096  # per node: no scenario runs out of memory
+FRAMES = 65536  # per node, as guests have
 
 
 class SimProcess:
@@ -54,7 +55,7 @@ class SimHost:
 
     name = "sim"
     release = ""
-    features = frozenset({"pin", "merge_any", "offline", *KNOBS})
+    features = frozenset({"pin", "merge_any", "offline", *settings.KNOBS})
 
     def __init__(self, nodes: int = 1, rules: Rules = "mainline") -> None:
         self.nodes = nodes
@@ -66,6 +67,10 @@ class SimHost:
         """See FreshHost."""
         self.machine = Machine(self.nodes, FRAMES, swap=0, shadow=True)
         self.engine = Engine(self.machine, self.rules, **{**KNOBS, "run": 1, **knobs})
+
+    def end(self) -> None:
+        """See FreshHost."""
+        self.begin({})
 
     def set(self, knob: str, value: int | str) -> None:
         """See Host."""
@@ -81,6 +86,8 @@ class SimHost:
 
     def offline(self, node: int) -> None:
         """See Host."""
+        if node == 0 or not self.machine.is_online(node):
+            raise OSError(errno.EINVAL, f"node {node} is the one that boots, or offline already")
         self.machine.offline(node)
 
     def online(self, node: int) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pagefold.scenario.conform import BAD, Row
+from pagefold.scenario.files import Scenario
 from pagefold.view.line import one_line
 
 _STYLES = {"equal": "green", "ran": "green", "skipped": "dim", "different": "bold red", "failed": "bold red"}
@@ -57,13 +58,14 @@ def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
     for host in hosts:
         table.add_column(host)
     table.add_column("shows", style="dim", no_wrap=True, overflow="ellipsis")
-    by_scenario: dict[tuple[str, str], dict[str, Row]] = {}
+    several = len({row.scenario.path for row in rows}) > 1
+    by_scenario: dict[Scenario, dict[str, Row]] = {}
     for row in rows:
-        by_scenario.setdefault((str(row.scenario.path), row.scenario.name), {})[_host(row)] = row
-    for (_, name), found in by_scenario.items():
+        by_scenario.setdefault(row.scenario, {})[_host(row)] = row
+    for scenario, found in by_scenario.items():
+        name = f"{scenario.path.stem}::{scenario.name}" if several else scenario.name
         states = [Text(found[host].state, _STYLES[found[host].state]) if host in found else Text("") for host in hosts]
-        shows = next(iter(found.values())).scenario.shows
-        table.add_row(Text(one_line(name)), *states, Text(one_line(shows)))
+        table.add_row(Text(one_line(name)), *states, Text(one_line(scenario.shows)))
     console.print(table)
     for line in _said(rows):
         console.print(Text(line), soft_wrap=line.startswith("  "))  # a command must stay one line
@@ -75,7 +77,7 @@ def _host(row: Row) -> str:
 
 def _title(rows: Sequence[Row]) -> str:
     releases = {f"{row.kind}: Linux {row.release}" for row in rows if row.release}
-    return "; ".join(sorted(releases)) or "sim only: nothing to compare with"
+    return "; ".join(sorted(releases)) or "no real kernel took part"
 
 
 def _said(rows: Sequence[Row]) -> Iterator[str]:
@@ -90,7 +92,8 @@ def _said(rows: Sequence[Row]) -> Iterator[str]:
             yield f"  Again: {row.repeat}"
     counted = {state: sum(row.state == state for row in rows) for state in _STYLES}
     yield ""
-    yield ", ".join(f"{count} {state}" for state, count in counted.items() if count)
+    counts = ", ".join(f"{count} {state}" for state, count in counted.items() if count)
+    yield counts if any(row.reference for row in rows) else f"{counts}: nothing was compared"
 
 
 def _differs(row: Row) -> Iterator[str]:

@@ -45,7 +45,7 @@ NODES = Path("/sys/devices/system/node")
 BALANCING = Path("/proc/sys/kernel/numa_balancing")
 IO_URING = Path("/proc/sys/kernel/io_uring_disabled")
 OFFLINE_PATIENCE = 10.0  # seconds
-PR_SET_CHILD_SUBREAPER, PR_GET_MEMORY_MERGE = 36, 68
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_GET_MEMORY_MERGE = 1, 36, 68
 
 
 class Driven:
@@ -85,7 +85,8 @@ class Driver:
     # --- processes ---
 
     def do_hello(self) -> dict[str, Any]:
-        """Say what this kernel is and has."""
+        """Say what this kernel is and has; ESRCH if its merger cannot be seen."""
+        self.merger.find_ksmd()
         features = ["merge_any"] if libc.prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0) >= 0 else []
         if IO_URING.exists() and IO_URING.read_text().strip() == "0":
             features.append("pin")
@@ -152,6 +153,10 @@ class Driver:
             self.do_exit(number)
         self.merger.clear()
 
+    def do_clear(self) -> None:
+        """End what a scenario began."""
+        self.clear()
+
     def do_reset(self, knobs: dict[str, int | str]) -> None:
         """Begin afresh with these knobs."""
         self.clear()
@@ -179,7 +184,8 @@ class Driver:
         """Return counters, each process's own, and of every page that is there: process, page number, node, frame."""
         stats, pages = {}, []
         for number, process in self.driven.items():
-            lines = Path(f"/proc/{process.pid}/ksm_stat").read_text().splitlines()
+            stat = Path(f"/proc/{process.pid}/ksm_stat")
+            lines = stat.read_text().splitlines() if stat.exists() else []  # kernels before 6.1 have none
             stats[number] = {
                 words[0]: int(words[1]) for words in map(str.split, lines) if words[1].lstrip("-").isdigit()
             }
@@ -292,6 +298,9 @@ def parse_ranges(text: str) -> list[int]:
 def main() -> None:
     """Answer requests until standard input ends; then end all processes and unmerge."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    libc.prctl(
+        PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0
+    )  # in the middle of a request too; our processes end when their sockets do
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     driver = Driver()
     while line := sys.stdin.buffer.readline():

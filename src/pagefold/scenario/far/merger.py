@@ -16,6 +16,7 @@ Both knobs are put back after the scan. A `run` of 1 is remembered, and put into
 from __future__ import annotations
 
 import errno
+import re
 import time
 from pathlib import Path
 
@@ -34,7 +35,18 @@ class Merger:
     def __init__(self) -> None:
         self.waiting = False  # `run` is 1 for whoever asks; the kernel's is 0 between scans
         self.base: dict[str, int] = {}
-        self.ksmd = find_ksmd()
+        self.ksmd = 0  # pid
+
+    def find_ksmd(self) -> None:
+        """Find the pid of the merger's thread; ESRCH if it is not to be seen."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if (folder / "comm").read_text() == "ksmd\n" and not (folder / "cmdline").read_bytes():
+                    self.ksmd = int(folder.name)
+                    return
+            except OSError:
+                continue  # it ended meanwhile
+        raise OSError(errno.ESRCH, "no thread ksmd is to be seen: is this a pid namespace of its own?")
 
     def clear(self) -> None:
         """Unmerge everything; the kernel's `run` is 0 then."""
@@ -44,6 +56,9 @@ class Merger:
     def reset(self, knobs: dict[str, int | str]) -> None:
         """Begin afresh with these knobs; EBUSY if anybody's memory is there to be scanned."""
         self.clear()
+        if (SYSFS / "advisor_mode").exists():
+            write("advisor_mode", "none")
+        write("pages_to_scan", UINT_MAX)
         if self.one_batch() and self.one_batch():  # the first lets go of processes that once were advised
             raise OSError(
                 errno.EBUSY, "memory of another process is advised MERGEABLE (as a virtual machine's often is)"
@@ -56,7 +71,7 @@ class Merger:
 
     def set(self, name: str, value: int | str) -> None:
         """Write a knob; the kernel judges the value. `run` 1 waits for the next scan."""
-        waiting = name == "run" and str(value).strip() == "1"
+        waiting = name == "run" and re.fullmatch(r"\+?0*1\n?", str(value)) is not None  # as the kernel reads numbers
         write(name, 0 if waiting else value)
         if name == "run":
             self.waiting = waiting
@@ -126,14 +141,3 @@ def number(name: str) -> int:
 def progress() -> tuple[int, ...]:
     """Return what grows when ksmd scans."""
     return tuple(map(number, ("full_scans", *SINCE_BOOT)))
-
-
-def find_ksmd() -> int:
-    """Return the pid of the merger's thread."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "comm").read_text() == "ksmd\n" and not (folder / "cmdline").read_bytes():
-                return int(folder.name)
-        except OSError:
-            continue  # it ended meanwhile
-    raise OSError(errno.ESRCH, "no thread ksmd is to be seen: is this the kernel's own pid namespace?")
