@@ -148,6 +148,36 @@ def test_mistakes_are_one_line(arguments: list[str], parts: list[str]) -> None:
     assert [part for part in parts if part not in line] == [], line
 
 
+def test_what_scenarios_print_is_not_our_answer(tmp_path: Path) -> None:
+    path = tmp_path / "talk.py"
+    path.write_text("print('loading')\ndef scenario_a(host):\n    print('running')\n")
+    result = run("conform", path, "--host", "sim", "--json")
+    assert states(result.stdout) == {"a": "ran"}
+    assert "loading\nrunning\n" in result.stderr
+
+
+def test_a_file_named_twice_is_run_once_and_files_are_told_apart(file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.py"
+    other.write_text("def scenario_same(host):\n    'Do nothing.'\n")
+    result = run_here("conform", f"{file}::same", file.parent / "mine.py::same", other, "--host", "sim")
+    assert "mine::same" in result.stdout and "other::same" in result.stdout
+    assert result.stdout.splitlines()[-1] == "2 ran: nothing was compared"
+
+
+def test_a_failing_line_is_shown_for_a_relative_path_too(file: Path) -> None:
+    result = run("conform", "mine.py::wrong", "--host", "sim", cwd=file.parent)
+    assert result.returncode == 1
+    assert re.search(r"mine\.py:\d+: assert host\.observe\(\)", result.stdout)
+
+
+@with_kernel
+@pytest.mark.kernel
+def test_hosts_that_were_named_and_could_not_be_compared_are_an_exit_code(file: Path) -> None:
+    result = run("conform", f"{file}::wide", "--host", "sim,kernel")
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-1] == "1 skipped: nothing was compared"
+
+
 def test_a_file_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
     path.write_text("def f(:\n")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from pagefold.errors import UsageError
-from pagefold.scenario.conform import Row, arrange, check_kinds, conform
+from pagefold.scenario.conform import AT_THE_END, Row, arrange, check_kinds, conform
 from pagefold.scenario.files import Scenario
 from pagefold.scenario.host import FreshHost, Host, HostFailed, Observation
-from pagefold.scenario.places import Place
+from pagefold.scenario.kernel_ksm import KsmInUse
+from pagefold.scenario.places import Place, nodes_here
 from pagefold.scenario.sim_host import SimHost, SimProcess
 
 
@@ -67,6 +70,8 @@ class Bent(SimHost):
         return 99 if self.how == "get" and name == "pages_shared" else super().get(name)
 
     def observe(self) -> Observation:
+        if self.how == "blind":
+            raise FileNotFoundError("ksm_stat")
         seen = super().observe()
         pages = dict(seen.pages)
         if self.how == "loses":
@@ -133,16 +138,106 @@ def test_a_scenario_that_is_wrong_fails_and_says_where() -> None:
     assert row.why.startswith("test_comparison.py:") and "assert host.nodes == 7" in row.why
 
 
-def test_a_host_that_dies_is_opened_anew_unless_it_never_worked() -> None:
-    rows = compared("dies", *(scenario(name=f"told{n}") for n in range(3)))
-    assert [row.state for row in rows] == ["failed"] * 3
-    assert [row.why for row in rows] == ["it died", *["the host failed before"] * 2]
+def quiet(host: Host) -> None:
+    """Do next to nothing."""
+    host.spawn()
 
-    def quiet(host: Host) -> None:
-        host.spawn()
 
-    rows = compared("dies", *(scenario(run, name=f"s{n}") for n, run in enumerate((quiet, tell, quiet, tell, quiet))))
-    assert [row.state for row in rows] == ["equal", "failed", "equal", "failed", "equal"]
+def test_a_host_that_dies_costs_one_scenario() -> None:
+    rows = compared("dies", *(scenario(run, name=f"s{n}") for n, run in enumerate((quiet, tell, tell, tell, quiet))))
+    assert [row.state for row in rows] == ["equal", "failed", "failed", "failed", "equal"]
+    assert {row.why for row in rows} == {"", "it died"}
+
+
+@contextmanager
+def closed(place: Place) -> Iterator[FreshHost]:
+    error = KsmInUse("KSM is in use")
+    error.add_note("and so it is")
+    raise error
+    yield
+
+
+@contextmanager
+def fails_at_its_end(place: Place) -> Iterator[FreshHost]:
+    yield SimHost(1)
+    raise HostFailed("knobs could not be restored")
+
+
+def test_a_place_that_cannot_be_opened_costs_its_own_scenarios_alone() -> None:
+    told = [scenario(name="a"), scenario(name="b")]
+    rows = list(conform({Place("kernel"): told}, with_sim=True, opener=closed))
+    assert [(row.state, row.why) for row in rows] == [("failed", "KSM is in use; and so it is")] * 2
+
+
+def test_a_host_that_fails_at_its_end_is_a_row_of_its_own() -> None:
+    first, last = conform({Place("kernel"): [scenario()]}, with_sim=True, opener=fails_at_its_end)
+    assert first.state == "equal"
+    assert (last.scenario, last.state, last.why) == (AT_THE_END, "failed", "knobs could not be restored")
+
+
+def swallows(host: Host) -> None:
+    with suppress(Exception):
+        host.scan()
+
+
+def test_a_host_that_dies_is_noticed_though_the_scenario_goes_on() -> None:
+    (row,) = compared("dies", scenario(swallows))
+    assert (row.state, row.why) == ("failed", "it died")
+
+
+def ends_all(host: Host) -> None:
+    sys.exit(0)
+
+
+def skips(host: Host) -> None:
+    pytest.skip("not today")
+
+
+def answers(host: Host) -> str:
+    return "fine"
+
+
+def divides(host: Host) -> None:
+    assert 1 // 0
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (ends_all, "SystemExit: 0"),
+        (skips, "Skipped: not today"),
+        (answers, "it returned 'fine'"),
+        (divides, "ZeroDivisionError"),
+    ],
+)
+def test_a_scenario_that_ends_oddly_has_failed(run: object, said: str) -> None:
+    first, second = compared("", scenario(run, name="odd"), scenario(name="next"))
+    assert first.state == "failed"
+    assert said in first.why
+    assert second.state == "equal"
+
+
+def test_a_host_that_cannot_be_observed_at_the_end_has_failed_the_scenario() -> None:
+    (row,) = compared("blind", scenario(quiet))
+    assert row.state == "different"
+    assert row.why.endswith("FileNotFoundError: ksm_stat")
+
+
+def test_a_line_to_repeat_it_is_one_shell_command() -> None:
+    odd = Scenario("x", Path("a b/some.py"), quiet)
+    row = Row(odd, Place("guest", 2, kernel=Path("my vmlinuz")), 2, "failed", with_sim=True)
+    words = shlex.split(row.repeat)
+    assert words == [
+        "pagefold",
+        "conform",
+        "a b/some.py::x",
+        "--host",
+        "sim,guest",
+        "--nodes",
+        "2",
+        "--kernel",
+        "my vmlinuz",
+    ]
 
 
 def test_a_scenario_that_cannot_be_run_is_skipped_with_the_reason() -> None:
@@ -173,6 +268,10 @@ def test_each_place_is_opened_once() -> None:
         Place("guest", 4): [four],
         Place("guest", 2, hotplug=True): [off],
     }
+    assert list(arrange([scenario(nodes=9)], ["guest"], None, {})) == [
+        Place("guest", 8)
+    ]  # which then says that it has 8
+    assert list(arrange([one], ["kernel", "guest"], None, {})) == [Place("kernel"), Place("guest", nodes_here())]
     assert arrange(everything, ["sim"], None, {}) == {
         Place("sim", 1): [one],
         Place("sim", 2): [two, off],

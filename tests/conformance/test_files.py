@@ -73,6 +73,16 @@ def test_a_folder_is_all_its_files(file: Path) -> None:
     assert [scenario.name for scenario in load(str(file.parent))][:2] == ["z", "of_the_file"]
 
 
+def test_a_file_can_import_what_lies_beside_it(file: Path) -> None:
+    (file.parent / "beside_it.py").write_text("THING = 1\n")
+    file.write_text("from beside_it import THING\ndef scenario_a(host): pass\n")
+    assert [scenario.name for scenario in load(str(file))] == ["a"]
+
+
+def test_the_same_scenario_is_equal_however_often_it_is_loaded(file: Path) -> None:
+    assert list(load(str(file))) == list(load(str(file)))
+
+
 def test_why_a_host_cannot_run_it(file: Path) -> None:
     first, second, third = load(str(file))
     host = SimHost(2)
@@ -95,6 +105,9 @@ def test_why_a_host_cannot_run_it(file: Path) -> None:
         ("needs = {'wings'}\ndef scenario_a(host): pass", ["needs wings", "use merge_any, offline, pin"]),
         ("knobs = ['run']\ndef scenario_a(host): pass", ["states knobs = ['run']", "use a dictionary"]),
         ("knobs = {'max_page_sharing': 1}\ndef scenario_a(host): pass", ["max_page_sharing", "1 is out of range"]),
+        ("import sys\nsys.exit(0)", ["some.py: SystemExit: 0"]),
+        ("def scenario_a(host): yield", ["scenario_a is a generator or async"]),
+        ("async def scenario_a(host): pass", ["scenario_a is a generator or async"]),
         ("knobs = {'rum': 1}\ndef scenario_a(host): pass", ["no knob 'rum'", "the knobs are run"]),
     ],
 )

@@ -1,6 +1,6 @@
 """Judge the engine by real kernels: random sequences of 30 moves, everything compared after every scan.
 
-A sequence that differs is shrunk, and printed as a scenario: put it into library/found.py.
+A sequence that differs is shrunk, and printed as a scenario: give it a name, and put it into the library.
 """
 
 from __future__ import annotations

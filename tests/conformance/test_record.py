@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from tests.conformance.test_random import MOVES, OFTEN
 
-from pagefold.errors import PagefoldError, UsageError
+from pagefold.errors import NoSuchProcess, PagefoldError, UsageError
 from pagefold.scenario.host import Observation, Place
 from pagefold.scenario.random_play import KINDS, Player
 from pagefold.scenario.record import Recorder, Step, as_scenario, first_difference
@@ -103,6 +104,32 @@ def test_pages_in_an_observation_by_process_and_area() -> None:
     assert seen.place(p, r, 0) == seen.place(q, r, 0) == Place(0, 1)
     assert seen.place(p, r, 1) is None
     assert (seen.sharers(p, r, 0), seen.sharers(p, r, 1)) == (2, 0)
+
+
+def test_numbers_of_any_kind_are_plain_numbers() -> None:
+    recorder = Recorder(SimHost(1))
+    recorder.set("merge_across_nodes", False)
+    process = recorder.spawn()
+    area = process.mmap(np.int64(2))
+    process.write(area, np.uint8(1), np.int32(7))
+    assert process.read(area, True) == 7
+    process.move_pages(area, {np.int64(1): np.int64(0)})
+    lines = [step.line for step in recorder.steps]
+    assert lines[0] == "host.set('merge_across_nodes', 0)"
+    assert lines[2:] == ["r1 = p1.mmap(2)", "p1.write(r1, 1, 7)", "p1.read(r1, 1)", "p1.move_pages(r1, {1: 0})"]
+    with pytest.raises(TypeError):
+        process.write(area, 0, 1.5)  # type: ignore[arg-type]
+
+
+def test_who_has_exited_does_nothing_more_on_any_host() -> None:
+    recorder = Recorder(SimHost(1))
+    process = recorder.spawn()
+    area = process.mmap(1)
+    process.pin(area, 0)
+    process.exit()
+    for call in (process.exit, process.fork, lambda: process.write(area, 0, 1), lambda: process.unpin(area, 0)):
+        with pytest.raises(NoSuchProcess):
+            call()
 
 
 def test_errors_are_steps_and_the_recorder_checks_what_goes_in() -> None:

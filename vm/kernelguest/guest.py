@@ -1,4 +1,4 @@
-"""Own a running guest: its process, its pipes, its temporary folder; and that nothing of them is left, however it ends.
+"""Own a running guest: its process, its pipes, its temporary folder; and that no process is left, however it ends.
 
 Why no guest outlives its use:
 
