@@ -53,17 +53,17 @@ def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
     """Print the table, why scenarios were skipped, and every difference with the line that repeats it."""
     console = console or Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     hosts = list(dict.fromkeys(map(_host, rows)))
-    table = Table(title=_title(rows), title_justify="left")
+    table = Table(title=_title(rows), title_justify="left", expand=True)
     table.add_column("scenario", no_wrap=True)
     for host in hosts:
-        table.add_column(host)
-    table.add_column("shows", style="dim", no_wrap=True, overflow="ellipsis")
-    several = len({row.scenario.path for row in rows}) > 1
+        table.add_column(host, no_wrap=True)
+    table.add_column("shows", style="dim", no_wrap=True, overflow="ellipsis", ratio=1)
+    names = Counter(scenario.name for scenario in {row.scenario for row in rows})
     by_scenario: dict[Scenario, dict[str, Row]] = {}
     for row in rows:
         by_scenario.setdefault(row.scenario, {})[_host(row)] = row
     for scenario, found in by_scenario.items():
-        name = f"{scenario.path.stem}::{scenario.name}" if several else scenario.name
+        name = f"{scenario.path.stem}::{scenario.name}" if names[scenario.name] > 1 else scenario.name
         states = [Text(found[host].state, _STYLES[found[host].state]) if host in found else Text("") for host in hosts]
         table.add_row(Text(one_line(name)), *states, Text(one_line(scenario.shows)))
     console.print(table)
