@@ -173,6 +173,7 @@ def test_a_host_that_fails_at_its_end_is_a_row_of_its_own() -> None:
     first, last = conform({Place("kernel"): [scenario()]}, with_sim=True, opener=fails_at_its_end)
     assert first.state == "equal"
     assert (last.scenario, last.state, last.why) == (AT_THE_END, "failed", "knobs could not be restored")
+    assert last.repeat == "pagefold conform --host sim,kernel"
 
 
 def swallows(host: Host) -> None:

@@ -63,6 +63,13 @@ def test_what_a_file_and_a_function_state(file: Path) -> None:
     assert (third.nodes, third.knobs) == (1, {"max_page_sharing": 3})
 
 
+def test_a_file_can_set_knobs_by_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "named.py"
+    path.write_text("merge_across_nodes = 0\nadvisor_mode = 'none'\nrun = 1\ndef scenario_a(host): pass\n")
+    (scenario,) = load(str(path))
+    assert scenario.knobs == {"merge_across_nodes": 0, "advisor_mode": "none"}
+
+
 @pytest.mark.parametrize("name", ["of_its_own", "scenario_of_its_own"])
 def test_one_scenario_by_name(file: Path, name: str) -> None:
     assert [scenario.name for scenario in load(f"{file}::{name}")] == ["of_its_own"]

@@ -62,7 +62,8 @@ class Row:
     def repeat(self) -> str:
         """The command that repeats it."""
         hosts = dict.fromkeys(name for name in ("sim" if self.with_sim else "", self.reference, self.kind) if name)
-        words = ["pagefold", "conform", f"{self.scenario.path}::{self.scenario.name}", "--host", ",".join(hosts)]
+        one = [] if self.scenario == AT_THE_END else [f"{self.scenario.path}::{self.scenario.name}"]
+        words = ["pagefold", "conform", *one, "--host", ",".join(hosts)]
         if self.kind != "kernel":
             words += ["--nodes", str(self.nodes)]
         if self.place.kernel is not None:
@@ -144,13 +145,11 @@ def _at_place(place: Place, left: list[Scenario], references: _References, opene
                 last = None
     except PagefoldError as error:
         why = "; ".join([str(error), *getattr(error, "__notes__", ())])
-        if opened and last is None:  # it failed at its end, after all was done
-            return (yield Row(AT_THE_END, place, place.nodes, "failed", why, with_sim=references.with_sim))
-        if last is not None:
-            yield Row(last, place, place.nodes, "failed", why, with_sim=references.with_sim)
-        if not opened:  # nor would it for the others
-            yield from (Row(one, place, place.nodes, "failed", why, with_sim=references.with_sim) for one in left)
+        # One scenario, or the end after all was done; all of them if it did not even begin: nor would it for the next.
+        lost = [last or AT_THE_END] if opened else [*left]
+        if not opened:
             left.clear()
+        yield from (Row(one, place, place.nodes, "failed", why, with_sim=references.with_sim) for one in lost)
 
 
 class _References:
@@ -164,8 +163,9 @@ class _References:
     def of(self, scenario: Scenario, kind: Kind, nodes: int, run: Run) -> tuple[str, Run | None]:
         """Return the reference's name and record; ("", None) if this is the first."""
         if self.with_sim and kind != "sim":
-            sim = self._sims.setdefault(nodes, SimHost(nodes))
-            return sim.name, play(sim, scenario)
+            if nodes not in self._sims:
+                self._sims[nodes] = SimHost(nodes)
+            return "sim", play(self._sims[nodes], scenario)
         key = (scenario, nodes)
         if key in self._first:
             return self._first[key]

@@ -109,6 +109,12 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
+def _named_knobs(module: ModuleType) -> dict[str, int | str]:
+    """Return the knobs that a file sets by their own names, as `merge_across_nodes = 0`."""
+    names = [name for name in settings.KNOBS if name != "run"]
+    return {name: getattr(module, name) for name in names if isinstance(getattr(module, name, None), int | str)}
+
+
 def _scenario(path: Path, module: ModuleType, name: str, function: Callable[[Host], object]) -> Scenario:
     stated: dict[str, Any] = {}
     for key in _STATED:
@@ -122,7 +128,7 @@ def _scenario(path: Path, module: ModuleType, name: str, function: Callable[[Hos
         or inspect.isasyncgenfunction(function)
     ):
         raise UsageError(f"{where} is a generator or async: it would not run; make it a plain function")
-    nodes, needs, knobs = stated.get("nodes", 1), stated.get("needs", ()), stated.get("knobs", {})
+    nodes, needs, knobs = stated.get("nodes", 1), stated.get("needs", ()), stated.get("knobs", _named_knobs(module))
     if not isinstance(nodes, int) or nodes < 1:
         raise UsageError(f"{where} states nodes = {nodes!r}; use 1 or more")
     if isinstance(needs, str) or not isinstance(needs, Collection):

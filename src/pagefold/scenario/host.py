@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from pagefold import settings
 from pagefold.errors import PagefoldError
 from pagefold.machine import Area
 
@@ -16,18 +17,9 @@ from pagefold.machine import Area
 # `run` is 1 from the begin: the host keeps the merger still between scans.
 NEVER = 10**6  # ms
 KNOBS: dict[str, int | str] = {
-    "advisor_mode": "none",
-    "pages_to_scan": 100,
-    "sleep_millisecs": 20,
-    "merge_across_nodes": 1,
-    "max_page_sharing": 256,
-    "use_zero_pages": 0,
-    "smart_scan": 1,
+    "advisor_mode": "none",  # first: it rules pages_to_scan
+    **{name: knob.default for name, knob in settings.KNOBS.items() if name not in ("run", "advisor_mode")},
     "stable_node_chains_prune_millisecs": NEVER,
-    "advisor_max_cpu": 70,
-    "advisor_min_pages_to_scan": 500,
-    "advisor_max_pages_to_scan": 30000,
-    "advisor_target_scan_time": 200,
 }
 COUNTERS = (
     *("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile", "full_scans", "pages_scanned"),
