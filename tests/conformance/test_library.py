@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from tests.conformance import table
 
@@ -67,6 +70,17 @@ def test_offline_in_a_guest() -> None:
 def test_every_scenario_says_what_it_shows_and_has_a_name_of_its_own() -> None:
     assert [scenario.name for scenario in SCENARIOS if not scenario.shows] == []
     assert len({scenario.name for scenario in SCENARIOS}) == len(SCENARIOS) >= 50
+
+
+def test_the_example_of_the_page_shows_what_it_says(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", table.PAGE.read_text(), re.DOTALL)
+    path = tmp_path / "example.py"
+    path.write_text(example)
+    (scenario,) = load(str(path))
+    assert (scenario.nodes, scenario.needs, scenario.knobs) == (2, frozenset(), {"merge_across_nodes": 0})
+    run = play(SimHost(2), scenario)
+    assert run.failure == ""
+    assert len(run.steps) > 10
 
 
 def test_the_page_lists_every_scenario() -> None:
