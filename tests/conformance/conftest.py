@@ -13,7 +13,7 @@ from pagefold.scenario.host import FreshHost
 from pagefold.scenario.places import Place, open_host, why_not
 
 if SLOW:
-    sim_host.FRAMES = 4096  # every observation walks them all
+    sim_host.FRAMES = 1024  # every observation walks them all
 # `make conform` asks for all; a normal run for a part that represents it.
 ALL = os.environ.get("PAGEFOLD_CONFORM", "") == "all"
 

@@ -43,11 +43,11 @@ def chosen() -> dict[str, str]:
     return {name: (folder / name).read_text() for name in ("run", *KNOBS, "pages_shared") if (folder / name).exists()}
 
 
-@pytest.mark.parametrize("when", ["between requests", "in a scan"])
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("when", "sent"),
+    [("between requests", signal.SIGKILL), ("in a scan", signal.SIGKILL), ("in a scan", signal.SIGINT)],
+)
 def test_however_we_are_ended_knobs_are_restored_and_no_process_is_left(when: str, sent: signal.Signals) -> None:
-    if when == "between requests" and sent != signal.SIGKILL:
-        pytest.skip("there it kills itself")
     with KernelKsm():
         before = chosen()
     with subprocess.Popen(
@@ -56,7 +56,7 @@ def test_however_we_are_ended_knobs_are_restored_and_no_process_is_left(when: st
         assert ours.stdout is not None
         pids = [int(word) for word in ours.stdout.readline().split()]
         assert len(pids) == 3
-        if when == "in a scan":
+        if when == "in a scan":  # between requests it kills itself
             ours.send_signal(sent)
         ours.communicate()
     with KernelKsm():  # the guard lets go of the lock when all who used the knobs are gone and the knobs are restored
