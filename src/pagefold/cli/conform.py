@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pagefold.cli.progress import progress
 
 
 def conform(
@@ -78,10 +79,11 @@ def conform(
                 print(f"pagefold: left out: {kind}: {one_line(reason)}", file=sys.stderr)
                 kinds.remove(kind)
         arranged = arrange(scenarios, kinds, wanted_nodes, places)
-        with _progress(sum(map(len, arranged.values()))) as progress:
+        total = sum(map(len, arranged.values()))
+        with progress("runs") as show:
             for row in conform(arranged, with_sim="sim" in kinds):
                 rows.append(row)
-                progress(f"{row.kind}: {row.scenario.name}", len(rows))
+                show(f"{row.kind}: {row.scenario.name}", len(rows), total)
     order = {one: number for number, one in enumerate(scenarios)}
     rows.sort(key=lambda row: order.get(row.scenario, len(order)))
     if as_json:
@@ -91,18 +93,3 @@ def conform(
     asked_to_compare = host is not None and len(kinds) > 1
     if any(row.state in BAD for row in rows) or (asked_to_compare and not any(row.reference for row in rows)):
         raise typer.Exit(1)
-
-
-@contextlib.contextmanager
-def _progress(runs: int) -> Iterator[Callable[[str, int], None]]:
-    """Show a bar on stderr while scenarios run, if that is a terminal; called with (what was done, runs done)."""
-    if not sys.stderr.isatty():
-        yield lambda what, done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=runs)
-        yield lambda what, done: bar.update(task, description=what, completed=done)

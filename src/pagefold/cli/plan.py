@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pagefold.cli.progress import progress
 
 
 def plan(
@@ -56,8 +56,8 @@ def plan(
     reader.add(pids or [], image or [], all_mine=all_mine)
     fatal = ""
     try:
-        with _progress() as progress:
-            sources = reader.read(progress, time.sleep)
+        with progress("pages") as show:
+            sources = reader.read(show, time.sleep)
     except PagefoldError as error:
         fatal = str(error)
         raise
@@ -72,25 +72,3 @@ def plan(
         print_json(report)
     else:
         print_report(report)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar on stderr while pages are read, if that is a terminal; called with (what, pages done, pages in all)."""
-    if not sys.stderr.isatty():
-        yield lambda what, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("pages"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("reading", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)

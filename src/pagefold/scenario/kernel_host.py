@@ -19,9 +19,8 @@ from pagefold.machine import Area
 from pagefold.scenario.host import COUNTERS, KNOBS, STATS, HostFailed, Observation, WrongFill
 
 PATIENCE = 120.0  # seconds in which any request must be answered, or the kernel hangs
-FIRST_PAGE = (
-    16  # where the first area of a process starts; each further one starts a page behind the last, as in a `Machine`
-)
+# Where the first area of a process starts; each further one starts a page behind the last, as in a `Machine`.
+FIRST_PAGE = 16
 
 
 class Pipe(Protocol):
@@ -85,9 +84,12 @@ class KernelProcess:
         self._pins: dict[int, int] = {}  # page number: how many
         self._alive = True
 
-    def _ask(self, verb: str, *arguments: Any) -> Any:
+    def _check_alive(self) -> None:
         if not self._alive:
             raise NoSuchProcess(f"process {self.number} of this host has exited")
+
+    def _ask(self, verb: str, *arguments: Any) -> Any:
+        self._check_alive()
         return self._host.channel.ask("worker", self.number, verb, *arguments)
 
     def _page(self, area: Area, index: int) -> int:
@@ -98,17 +100,15 @@ class KernelProcess:
 
     def fork(self) -> KernelProcess:
         """See HostProcess."""
-        if not self._alive:
-            raise NoSuchProcess(f"process {self.number} of this host has exited")
+        self._check_alive()
         return self._host._adopt("fork", self.number, next_vpn=self._next_vpn, mapped=self._mapped)
 
     def exit(self) -> None:
         """See HostProcess."""
+        self._check_alive()
         for vpn, count in self._pins.items():
             for _ in range(count):
                 self._ask("unpin", vpn)  # if the kernel does it, it does it later
-        if not self._alive:
-            raise NoSuchProcess(f"process {self.number} of this host has exited")
         self._host.channel.ask("exit", self.number)
         self._alive = False
 
@@ -116,8 +116,8 @@ class KernelProcess:
         """See HostProcess."""
         if pages < 1:
             raise UsageError(f"an area of {pages} pages cannot be; use 1 or more")
-        if node is not None and not 0 <= node < self._host.nodes:
-            raise UsageError(f"node {node} does not exist; use 0 to {self._host.nodes - 1}")
+        if node is not None:
+            self._host.check_node(node)
         area = Area(self._next_vpn, pages)
         self._ask("mmap", area.start, pages, node)
         self._next_vpn += pages + 1
@@ -238,17 +238,21 @@ class KernelHost:
 
     def offline(self, node: int) -> None:
         """See Host. Not this machine's own memory: a scenario states that it needs to."""
-        self._check_node(node)
+        self._check_hotplug(node)
         self.channel.ask("offline", node)
 
     def online(self, node: int) -> None:
         """See Host."""
-        self._check_node(node)
+        self._check_hotplug(node)
         self.channel.ask("online", node)
 
-    def _check_node(self, node: int) -> None:
+    def check_node(self, node: int) -> None:
+        """Raise UsageError if there is no such node."""
         if not 0 <= node < self.nodes:
             raise UsageError(f"node {node} does not exist; use 0 to {self.nodes - 1}")
+
+    def _check_hotplug(self, node: int) -> None:
+        self.check_node(node)
         if "offline" not in self.features:
             raise OSError(
                 errno.EOPNOTSUPP, f"{self.name}: memory is not taken offline here; state needs = {{'offline'}}"

@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 
 def nodes_here() -> int:
-    """Return how many NUMA nodes with memory this machine has."""
+    """Return how many NUMA nodes this machine has."""
     return len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
 
 

@@ -69,8 +69,7 @@ class SimHost:
         self.engine = Engine(self.machine, self.rules, **{**KNOBS, "run": 1, **knobs})
 
     def end(self) -> None:
-        """See FreshHost."""
-        self.begin({})
+        """See FreshHost. Nothing outlives the machine, and the next scenario begins with another one."""
 
     def set(self, knob: str, value: int | str) -> None:
         """See Host."""

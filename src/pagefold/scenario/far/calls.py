@@ -67,7 +67,7 @@ def pagemap(pid: int | str, vpn: int, pages: int) -> tuple[int, ...]:
 
 
 def nodemask(node: int) -> Any:
-    """Return a kernel nodemask with one node, and its length in bits."""
+    """Return a kernel nodemask of 1024 bits with one node."""
     return (ctypes.c_ulong * 16)(*(1 << node % 64 if i == node // 64 else 0 for i in range(16)))
 
 

@@ -298,9 +298,8 @@ def parse_ranges(text: str) -> list[int]:
 def main() -> None:
     """Answer requests until standard input ends; then end all processes and unmerge."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    libc.prctl(
-        PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0
-    )  # in the middle of a request too; our processes end when their sockets do
+    # In the middle of a request too; our processes end when their sockets do.
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     driver = Driver()
     while line := sys.stdin.buffer.readline():
