@@ -8,6 +8,7 @@
 
 #define PF_MAGIC 0x4c4f4650u /* "PFOL" */
 #define PF_VERSION 1u
+#define PF_PRIVATE 0xffffffffu /* as the extent of a run: give its pages back as private anonymous memory */
 
 enum pf_type {
     PF_HELLO = 1,     /* agent: first packet of a connection */
@@ -64,7 +65,7 @@ struct pf_run {
     int64_t region;
     uint64_t start;  /* address of its first page */
     uint32_t pages;  /* 1 to PF_RUN_PAGES */
-    uint32_t extent; /* 0: a run of zeros, becomes a hole */
+    uint32_t extent; /* 0: a run of zeros, becomes a hole; PF_PRIVATE */
     uint32_t slot;   /* of its first page; the run's slots are neighbours */
     uint32_t zero;
 };

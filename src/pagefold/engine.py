@@ -331,14 +331,17 @@ class Engine:
 
     def take_intents(self) -> list[Intent]:
         """Return the mapping changes since the last call, in order, and forget them."""
-        world = self.machine.world
-        written = world.journal[: int(world.ctl[0]["journal_used"])]
-        answer = [
+        return [
             Intent(_KINDS[int(one["kind"]) - 1], *(int(one[k]) for k in ("mm", "serial", "vpn", "old_pfn", "new_pfn")))
-            for one in written
+            for one in self.take_journal()
         ]
+
+    def take_journal(self) -> layout.Records:
+        """As `take_intents`, in the records of `layout.intent`: for many."""
+        world = self.machine.world
+        written = world.journal[: int(world.ctl[0]["journal_used"])].copy()
         world.ctl[0]["journal_used"] = 0
-        return answer
+        return written
 
     def refuse(self, intent: Intent) -> bool:
         """Take back one intent that a client could not carry out: as if the process had just written that page.

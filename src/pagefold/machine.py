@@ -131,6 +131,19 @@ class Process:
         if status != len(contents):
             raise OutOfMemory(f"{len(contents)} pages do not fit into the machine; {max(status, 0)} did")
 
+    def update(self, vpns: npt.NDArray[np.int64], contents: npt.NDArray[np.void], nodes: npt.NDArray[np.int16]) -> int:
+        """Let pages, by ascending number, hold these contents; one that holds its own already is not touched, as if never written.
+
+        Return how many were looked at before the first that is not mapped, or has no frame left.
+        """
+        self._check_alive()
+        return self.machine._arena.run(doors.update, self.mm, vpns, contents, nodes)
+
+    def refuse(self, vpns: npt.NDArray[np.int64]) -> int:
+        """Undo the merge of pages, by ascending number, as if the process had just written them; return as `update` does."""
+        self._check_alive()
+        return self.machine._arena.run(doors.refuse, self.mm, vpns)
+
     def read(self, area: Area, index: int) -> int:
         """Return the content of a page; 0 for one that was never written."""
         pte = self._do(events.TOUCH, area.vpn(index))

@@ -8,7 +8,7 @@ from pagefold.core.events import apply_event
 from pagefold.core.frames import map_page, take_frame
 from pagefold.core.layout import Records, World
 from pagefold.core.memory import own_page, set_content
-from pagefold.core.space import find_vma, pte_of, wished_node
+from pagefold.core.space import find_vma, is_area_of, pte_of, wished_node
 from pagefold.core.unmerge import remove_all_stable_nodes, take_offline, unmerge_and_remove_all_rmap_items
 
 UNMERGE_ALL = 1
@@ -75,3 +75,53 @@ def share(world: World, mm: int, vpn: int, other_mm: int, other_vpn: int) -> int
         world.shadow[pte]["hi"] = world.shadow[source]["hi"]
         world.shadow[pte]["lo"] = world.shadow[source]["lo"]
     return layout.OK
+
+
+@entry
+def update(world: World, mm: int, vpns: Records, contents: Records, nids: Records) -> int:
+    """Let pages of an mm, by ascending number, hold what their process wrote to them; a page that holds it already is not touched.
+
+    Return how many were looked at before one could not be had (no area, or no frame: grow and go on from there).
+    """
+    vma = 0
+    for index in range(len(vpns)):
+        vpn = vpns[index]
+        if not is_area_of(world, vma, mm, vpn):
+            vma = find_vma(world, mm, vpn)
+            if vma == 0:
+                return index
+        pte = pte_of(world, vma, vpn)
+        flags = world.ptes[pte]["flags"]
+        if flags & layout.PTE_PRESENT:
+            held = world.contents[world.ptes[pte]["pfn"]]
+            if held["hi"] == contents[index]["hi"] and held["lo"] == contents[index]["lo"]:
+                continue
+        if flags == 0:
+            pfn = take_frame(world, wished_node(world, vma) if nids[index] < 0 else nids[index])
+            if pfn == 0:
+                return index
+            map_page(world, pte, pfn, layout.PTE_PRESENT | layout.PTE_WRITABLE)
+        elif own_page(world, vma, pte) < 0:
+            return index
+        set_content(world, pte, contents[index]["hi"], contents[index]["lo"])
+    return len(vpns)
+
+
+@entry
+def refuse(world: World, mm: int, vpns: Records) -> int:
+    """Undo the merge of pages of an mm, by ascending number, as writes would; return how many until no frame was left."""
+    item = world.mms[mm]["rmap_list"]
+    vma = 0
+    for index in range(len(vpns)):
+        vpn = vpns[index]
+        if not is_area_of(world, vma, mm, vpn):
+            vma = find_vma(world, mm, vpn)
+            if vma == 0:
+                continue
+        if own_page(world, vma, pte_of(world, vma, vpn)) < 0:
+            return index
+        while item and world.rmaps[item]["vpn"] < vpn:
+            item = world.rmaps[item]["rmap_next"]
+        if item and world.rmaps[item]["vpn"] == vpn:
+            world.rmaps[item]["flags"] &= ~layout.RMAP_CALM_KNOWN
+    return len(vpns)

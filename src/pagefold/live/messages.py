@@ -20,6 +20,7 @@ BATCH_RUNS = 64  # most runs of one WINDOWS
 BATCH_PAGES = BATCH_RUNS * RUN_PAGES
 STATUSES = 16
 TEXT = 160
+PRIVATE = 0xFFFFFFFF  # as the extent of a run: give its pages back as private anonymous memory
 MOST_BYTES = 65536  # of any packet
 
 HELLO, ADVISE, UNADVISE, OUTCOME, SYNC = 1, 2, 3, 4, 5
@@ -38,7 +39,7 @@ header = np.dtype([("magic", "<u4"), ("version", "<u2"), ("type", "<u2"), ("leng
 run = np.dtype(
     [("region", "<i8"), ("start", "<u8"), ("pages", "<u4"), ("extent", "<u4"), ("slot", "<u4"), ("zero", "<u4")]
 )
-_DTYPES = {
+_FIELDS: dict[int, list[Any]] = {
     HELLO: [
         *(("windows_safe", "<u4"), ("why_errno", "<i4"), ("want_device", "<u4"), ("max_map_count", "<u4")),
         ("why", f"S{TEXT}"),
@@ -57,11 +58,19 @@ _DTYPES = {
     ],
 }
 LAYOUT: dict[int, np.dtype[np.void]] = {
-    kind: np.dtype([("header", header), *fields]) for kind, fields in _DTYPES.items()
+    kind: np.dtype([("header", header), *fields]) for kind, fields in _FIELDS.items()
 }
 NAMES = {
-    **{HELLO: "hello", ADVISE: "advise_message", UNADVISE: "unadvise_message", OUTCOME: "outcome", SYNC: "sync"},
-    **{WELCOME: "welcome", EXTENT: "extent", WINDOWS: "windows", RELEASE: "release", SYNCED: "synced"},
+    HELLO: "hello",
+    ADVISE: "advise_message",
+    UNADVISE: "unadvise_message",
+    OUTCOME: "outcome",
+    SYNC: "sync",
+    WELCOME: "welcome",
+    EXTENT: "extent",
+    WINDOWS: "windows",
+    RELEASE: "release",
+    SYNCED: "synced",
 }  # as in csrc: struct pf_<name>
 
 
@@ -96,4 +105,3 @@ def unpack(packet: bytes) -> tuple[int, Any]:
     if layout is None or layout.itemsize != len(packet):
         raise BadMessage(f"a message of type {kind} cannot have {len(packet)} bytes")
     return kind, np.frombuffer(packet, layout, 1)[0]
-

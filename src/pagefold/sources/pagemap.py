@@ -53,7 +53,9 @@ class ScanMissing(Exception):  # noqa: N818
     """This kernel has no PAGEMAP_SCAN."""
 
 
-class _ScanArgument(ctypes.Structure):
+class ScanArgument(ctypes.Structure):
+    """The argument of PAGEMAP_SCAN."""
+
     _fields_ = [
         (name, ctypes.c_uint64)
         for name in (
@@ -70,7 +72,7 @@ def scan_regions(fd: int, start: int, end: int) -> NDArray[np.void]:
     """
     found = np.empty(_REGIONS, REGION)
     parts: list[NDArray[np.void]] = []
-    argument = _ScanArgument(size=ctypes.sizeof(_ScanArgument), end=end, vec=found.ctypes.data, vec_len=_REGIONS)
+    argument = ScanArgument(size=ctypes.sizeof(ScanArgument), end=end, vec=found.ctypes.data, vec_len=_REGIONS)
     argument.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
     argument.return_mask = WANTED | PAGE_IS_GUARD
     while start < end:

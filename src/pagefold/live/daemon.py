@@ -1,0 +1,376 @@
+"""Own the daemon of one domain: its socket, its clients' packets, the questions of the command line, and when to work and when to rest.
+
+Why one client cannot harm another: what it sends is checked where it arrives (`peer.py`), and whoever sends nonsense is dropped; what it
+may make us keep is bounded; nobody writes to the store but us, and nobody's pages are touched but by their own process.
+Must not know: how pages are merged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import selectors
+import signal
+import socket as sockets
+import time
+from typing import Any
+
+import numpy as np
+
+from pagefold import settings
+from pagefold.errors import EngineStopped, KnobInvalid, PagefoldError
+from pagefold.live import control, domain, messages, report, sd_notify
+from pagefold.live.merging import Merging
+from pagefold.live.messages import BadMessage
+from pagefold.live.peer import Peer
+from pagefold.sources.nodes import online_nodes
+
+DEFAULTS: dict[str, int | str] = {
+    "run": 1,
+    "pages_to_scan": 16384,
+    "sleep_millisecs": 20,
+    "smart_scan": 0,
+    "use_zero_pages": 1,
+    "max_cpu_percent": 50,
+}
+MAX_CPU_PERCENT = "max_cpu_percent"  # the one knob the kernel has not: 100 is one processor
+_PACKETS = 64  # most packets of one client before the next one's turn
+_IDLE_SECONDS = (0.02, 1.0)  # rest while nothing changes: doubles from the first to the second
+_SAMPLE_SECONDS = 0.5  # between two looks at what is saved, and at what can be freed
+_MOST_PEERS = 16384
+_SYNC_PASSES = 3  # one to learn a page, one to enter a tree, one to meet an equal there
+
+
+class Daemon:
+    """Serve one domain until stopped. `socket` is a listening one if it was passed to us, `device` an open /dev/userfaultfd or -1."""
+
+    def __init__(
+        self, name: str, *, knobs: dict[str, int | str], device: int = -1, socket: sockets.socket | None = None
+    ) -> None:
+        self.name = name
+        self.device = device
+        self.began = time.monotonic()
+        wanted = {**DEFAULTS, **knobs}
+        self.max_cpu_percent = _percent(wanted.pop(MAX_CPU_PERCENT))
+        for knob, value in wanted.items():  # refused before anything is made
+            settings.parse(settings.find(knob), value)
+        self.merging = Merging(max(online_nodes()) + 1, wanted)
+        self.notes: dict[str, str] = {}
+        self.history: list[tuple[float, int]] = []
+        self.settled_at: float | None = None
+        self.peers: dict[int, Peer] = {}  # by descriptor of its connection
+        self._waiting: list[tuple[Peer, float]] = []  # for "settled", with the moment to give up
+        self._syncs: list[tuple[Peer, int, Any, int]] = []  # peer, token, region, passes when it may be answered
+        self._rest = _IDLE_SECONDS[0]
+        self._next_work = 0.0
+        self._next_sample = 0.0
+        self._stopping = False
+        self._listening = socket or domain.listen(domain.socket_path(name))
+        self._selector = selectors.DefaultSelector()
+
+    # --- the loop ----------------------------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Serve until a signal or the verb "stop"; leaves nothing behind but what clients map."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        waker, wake = sockets.socketpair()
+        wake.setblocking(False)
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        self._listening.setblocking(False)
+        self._selector.register(self._listening, selectors.EVENT_READ, None)
+        self._selector.register(waker, selectors.EVENT_READ, waker)
+        sd_notify.notify("READY=1")
+        try:
+            while not self._stopping:
+                self._turn()
+        finally:
+            sd_notify.notify("STOPPING=1")
+            signal.set_wakeup_fd(-1)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            for peer in list(self.peers.values()):
+                self._drop(peer)
+            self._selector.close()
+            self._listening.close()
+            waker.close()
+            wake.close()
+            self.merging.store.close()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard), hard))
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._stopping = True
+
+    def _turn(self) -> None:
+        """Handle what has arrived, then work if it is time."""
+        pause = max(self._next_work - time.monotonic(), 0.0)
+        for key, events in self._selector.select(pause):
+            if key.data is None:
+                self._accept()
+            elif isinstance(key.data, Peer):
+                if events & selectors.EVENT_WRITE:
+                    key.data.flush()
+                    self._watch(key.data)
+                if events & selectors.EVENT_READ:
+                    self._read(key.data)
+            else:
+                key.data.recv(4096)
+        if time.monotonic() >= self._next_work:
+            self._work()
+        self._answer_waiting()
+        for peer in list(self.peers.values()):
+            if peer.wants_to_send:
+                self._watch(peer)
+
+    def _work(self) -> None:
+        """Do a piece of merging, and decide when the next one is due."""
+        began, cpu = time.monotonic(), time.process_time()
+        engine = self.merging.mirror.engine
+        worked = False
+        if engine.get("run") == 1:
+            engine.now_ms = int((began - self.began) * 1000)
+            engine.cpu_ms = int(cpu * 1000)
+            worked = self.merging.step(int(engine.get("pages_to_scan")))
+        now, used = time.monotonic(), time.process_time() - cpu
+        if worked:
+            self._rest = _IDLE_SECONDS[0]
+            pause = max(used * 100 / self.max_cpu_percent - (now - began), 0.0)
+            if not self._syncs and not self.merging.reading:
+                pause = max(pause, int(engine.get("sleep_millisecs")) / 1000)
+        else:
+            pause, self._rest = self._rest, min(self._rest * 2, _IDLE_SECONDS[1])
+        self._next_work = now + pause
+        self._sample(now)
+
+    def _hurry(self) -> None:
+        """Work at the next turn: something has changed."""
+        self._rest = _IDLE_SECONDS[0]
+        self._next_work = min(self._next_work, time.monotonic() + self._rest)
+
+    def _sample(self, now: float) -> None:
+        """Remember what is saved, now and then, and when it settled."""
+        settled = self.merging.settled
+        if settled != (self.settled_at is not None):
+            self.settled_at = now - self.began if settled else None
+            self._next_sample = now
+        if now < self._next_sample:
+            return
+        self._next_sample = now + _SAMPLE_SECONDS
+        self.merging.tidy()
+        saved = report.saved_bytes(self.merging)
+        if not self.history or self.history[-1][1] != saved:
+            self.history.append((round(now - self.began, 3), saved))
+            if len(self.history) > 1000:
+                self.history = self.history[::2]
+
+    # --- connections ----------------------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listening.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.notes["accept"] = f"a client could not connect: {error.strerror}"
+            time.sleep(0.01)
+            return
+        peer = Peer(connection)
+        if peer.uid not in (os.getuid(), 0) or len(self.peers) >= _MOST_PEERS:
+            peer.close()
+            return
+        self.peers[connection.fileno()] = peer
+        self._selector.register(connection, selectors.EVENT_READ, peer)
+
+    def _watch(self, peer: Peer) -> None:
+        """Watch a connection for what it needs."""
+        if peer.connection.fileno() >= 0:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.wants_to_send else 0)
+            self._selector.modify(peer.connection, events, peer)
+
+    def _drop(self, peer: Peer) -> None:
+        """End a connection; the client's memory is its own."""
+        if self.peers.pop(peer.connection.fileno(), None) is None:
+            return
+        self._selector.unregister(peer.connection)
+        self.merging.leave(peer)
+        self._waiting = [one for one in self._waiting if one[0] is not peer]
+        self._syncs = [one for one in self._syncs if one[0] is not peer]
+        peer.close()
+        self._hurry()
+
+    def _read(self, peer: Peer) -> None:
+        for _ in range(_PACKETS):
+            packet = peer.receive()
+            if packet is None:
+                return
+            try:
+                if not packet:
+                    self._drop(peer)
+                    return
+                self._handle(peer, *messages.unpack(packet))
+            except (BadMessage, OSError, PagefoldError) as error:
+                self.notes[f"client {peer.pid}"] = f"client {peer.pid} was dropped: {error}"
+                if len(self.notes) > 32:
+                    del self.notes[next(iter(self.notes))]
+                self._drop(peer)
+                return
+
+    def _handle(self, peer: Peer, kind: int, said: Any) -> None:
+        """Do what a packet says."""
+        if kind == messages.CONTROL:
+            self._control(peer, said)
+            return
+        if peer.uid != os.getuid():
+            raise BadMessage(f"client {peer.pid} belongs to another user")
+        if kind == messages.HELLO and not peer.agent:
+            self._hello(peer, said)
+        elif not peer.agent:
+            raise BadMessage(f"client {peer.pid} did not say hello")
+        elif kind == messages.ADVISE:
+            self.merging.advise(peer, said)
+        elif kind == messages.UNADVISE:
+            self.merging.unadvise(peer, int(said["region"]))
+        elif kind == messages.OUTCOME:
+            self.merging.outcome(peer, said)
+        elif kind == messages.SYNC:
+            self._sync(peer, said)
+        else:
+            raise BadMessage(f"client {peer.pid} sent a message of type {kind}")
+        if kind != messages.OUTCOME:
+            self._hurry()
+
+    def _hello(self, peer: Peer, said: np.void) -> None:
+        peer.open_files()
+        peer.agent = True
+        peer.windows_safe = bool(said["windows_safe"])
+        peer.why = bytes(said["why"]).split(b"\0")[0].decode(errors="replace")
+        peer.max_mappings = int(said["max_map_count"]) or peer.max_mappings
+        send_device = bool(said["want_device"]) and self.device >= 0
+        self.merging.join(peer)
+        packet = messages.pack(messages.WELCOME, has_device=int(send_device))
+        peer.send(packet, [os.dup(self.device)] if send_device else [])
+
+    def _sync(self, peer: Peer, said: np.void) -> None:
+        region = peer.regions.get(int(said["region"]))
+        token = int(said["token"])
+        if region is None or sum(one[0] is peer for one in self._syncs) >= 64:
+            raise BadMessage(f"client {peer.pid} wants region {int(said['region'])} merged, which it did not advise")
+        if self.merging.mirror.engine.get("run") != 1:
+            peer.send(messages.pack(messages.SYNCED, token=token, error=-11))  # EAGAIN: run is not 1
+            return
+        self.merging.sync(peer, region)
+        before = region.merged().sum() + (region.where < 0).sum()
+        self._syncs.append((peer, token, (region, int(before)), self.merging.passes + _SYNC_PASSES + 1))
+        self._next_work = 0.0
+
+    def _answer_waiting(self) -> None:
+        """Answer those who wait for merging or for the end of it, if that has come."""
+        merging = self.merging
+        for entry in list(self._syncs):
+            peer, token, (region, before), passes = entry
+            busy = peer.pending or merging.reading
+            if busy or (merging.passes < passes and not merging.idle):
+                continue
+            self._syncs.remove(entry)
+            merging.syncing.discard(region)
+            peer.send(messages.pack(messages.SYNCED, token=token, **report.region_report(region, before)))
+        if self._waiting:
+            now = time.monotonic()
+            for peer, until in list(self._waiting):
+                if merging.settled or now >= until:
+                    self._waiting.remove((peer, until))
+                    self._say(peer, {"ok": True, "settled": merging.settled})
+                else:
+                    self._next_work = min(self._next_work, until)
+
+    # --- the command line ---------------------------------------------------------------------------------------------------------
+
+    def _say(self, peer: Peer, answer: dict[str, Any]) -> None:
+        for packet in control.pack(answer):
+            peer.send(packet)
+
+    def _control(self, peer: Peer, body: bytes) -> None:
+        try:
+            request = control.parse_request(body)
+            if request["verb"] == "settled":
+                self._wait_settled(peer, request)
+                return
+            self._say(peer, {"ok": True, **self._answer(request)})
+        except PagefoldError as error:
+            self._say(peer, control.failure(error))
+
+    def _wait_settled(self, peer: Peer, request: dict[str, Any]) -> None:
+        run = self.merging.mirror.engine.get("run")
+        if run != 1:
+            raise EngineStopped(f"run is {run}: nothing is merged; use `pagefold set run=1`")
+        seconds = request.get("timeout")
+        seconds = float(seconds) if isinstance(seconds, int | float) else 3600.0
+        self._waiting.append((peer, time.monotonic() + min(max(seconds, 0.0), 1e6)))
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        verb = request["verb"]
+        if verb == "set":
+            return self._set(request)
+        if verb == "stop":
+            self._stopping = True
+            return {"pid": os.getpid()}
+        if verb == "history":
+            return {"history": self.history}
+        if verb == "clients":
+            return {"clients": report.clients(self.merging)}
+        return self._stat()
+
+    def _stat(self) -> dict[str, Any]:
+        full = [f"merging pauses: {self.merging.full}"] if self.merging.full else []
+        return {
+            "domain": self.name,
+            "pid": os.getpid(),
+            "uid": os.getuid(),
+            "uptime_seconds": round(time.monotonic() - self.began, 3),
+            "cpu_seconds": round(time.process_time(), 3),
+            "knobs": self._knobs(),
+            **report.stat(self.merging),
+            "settled_seconds": None if self.settled_at is None else round(self.settled_at, 3),
+            "notes": [*full, *self.notes.values()],
+            "history": self.history,
+        }
+
+    def _knobs(self) -> dict[str, int | str]:
+        return {**report.knobs(self.merging), MAX_CPU_PERCENT: self.max_cpu_percent}
+
+    def _set(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Set knobs, all or none of a wrong name or value; a busy one leaves those before it set, and says so."""
+        wanted = request.get("knobs")
+        if not isinstance(wanted, dict) or not wanted:
+            raise control.Refused("name at least one knob, as in `pagefold set pages_to_scan=1000`", 2)
+        for knob, value in wanted.items():
+            if knob == MAX_CPU_PERCENT:
+                _percent(value)
+            else:
+                settings.parse(settings.find(knob), value)
+        engine = self.merging.mirror.engine
+        for knob, value in wanted.items():
+            if knob == MAX_CPU_PERCENT:
+                self.max_cpu_percent = _percent(value)
+            else:
+                engine.set(knob, value)
+                self.merging.carry_out()  # run = 2 gives pages back
+        self.merging.stir()
+        self._next_work = 0.0
+        return {"knobs": self._knobs()}
+
+
+def _percent(value: int | str) -> int:
+    """Return max_cpu_percent from what a user gives, or raise KnobInvalid."""
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= 100 * (os.cpu_count() or 1):
+        most = 100 * (os.cpu_count() or 1)
+        raise KnobInvalid(MAX_CPU_PERCENT, f"{value!r} is out of range; use 1 to {most} (100 is one processor)")
+    return number
+

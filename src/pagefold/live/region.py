@@ -1,0 +1,57 @@
+"""Own one advised region of a client, as the daemon knows it: where its pages map, and which of them to leave alone.
+
+Must not know: the engine, sockets.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagefold.live.messages import PAGE, UNKNOWN
+
+Int64 = NDArray[np.int64]
+HOLE = -1  # in `where`: merged as zeros, nothing is mapped
+SHIFT = 32  # `where` of a merged page: number of the extent << SHIFT | slot
+
+
+class Region:
+    """Hold a run of a client's pages; indices of pages count from its first.
+
+    `where` and `broken` are what the client has; `wanted` is what it was last asked for. `vpn` is the run's place in the mirror.
+    """
+
+    def __init__(self, number: int, start: int, pages: int, *, tracked: bool, quiet: bool, vpn: int) -> None:
+        self.number = number
+        self.start = start  # address
+        self.pages = pages
+        self.tracked = tracked
+        self.quiet = quiet  # nothing happens to it but in a SYNC
+        self.vpn = vpn
+        self.where = np.zeros(pages, np.int64)  # 0: private, HOLE, or a slot
+        self.broken = np.zeros(pages, np.bool_)  # merged once, written since: private, but in a mapping of the store
+        self.held_until = np.zeros(
+            pages, np.int32
+        )  # the pass from which a page that was refused may merge again; 0: now
+        self.refusals = np.zeros(pages, np.uint8)  # in a row, for the back-off
+        self.holds = False  # whether any page is held
+        self.status = np.full(pages, UNKNOWN, np.uint8)  # what became of each page at last
+
+    @property
+    def end(self) -> int:
+        """The address behind its last page."""
+        return self.start + self.pages * PAGE
+
+    def indices(self, address: Int64) -> Int64:
+        """Return which of its pages these addresses are."""
+        return (address - self.start) // PAGE
+
+    def merged(self) -> NDArray[np.bool_]:
+        """Tell which pages map a slot now and were not written since."""
+        return (self.where > 0) & ~self.broken
+
+    def mappings(self) -> int:
+        """Return how many mappings (VMAs) the region is made of: neighbours with neighbouring slots are one."""
+        slots = self.where > 0
+        joined = (slots[1:] == slots[:-1]) & (~slots[1:] | (self.where[1:] == self.where[:-1] + 1))
+        return int(self.pages - np.count_nonzero(joined))

@@ -1,0 +1,144 @@
+"""Own what the daemon says of itself: savings, clients, who shares what. Must not know: how any of it came about."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pagefold import settings
+from pagefold.live import messages
+from pagefold.live.merging import Merging
+from pagefold.live.messages import PAGE
+from pagefold.live.peer import Peer
+from pagefold.live.region import SHIFT, Region
+
+_GROUPS = 64  # most groups of sharers that are told
+
+
+def saved_bytes(merging: Merging) -> int:
+    """Return what merging saves: pages that map the store or nothing, less what the store itself holds."""
+    regions = [region for peer in merging.peers.values() for region in peer.regions.values()]
+    mapped = sum(int(np.count_nonzero(region.merged())) for region in regions)
+    holes = sum(int(np.count_nonzero(region.where < 0)) for region in regions)
+    return (mapped + holes) * PAGE - merging.store.backed_bytes()
+
+
+def knobs(merging: Merging) -> dict[str, int | str]:
+    """Return the engine's knobs by name."""
+    return {name: merging.mirror.engine.get(name) for name in settings.KNOBS}
+
+
+def stat(merging: Merging) -> dict[str, Any]:
+    """Return what `pagefold stat` shows of the merging itself."""
+    peers = list(merging.peers.values())
+    by_status = np.sum([peer.counts.by_status for peer in peers], axis=0) if peers else np.zeros(messages.STATUSES)
+    refused = {
+        name: int(count)
+        for code, (name, count) in enumerate(zip(messages.STATUS_NAMES, by_status, strict=True))
+        if name and count and code not in (messages.MERGED, messages.ALREADY)
+    }
+    return {
+        "counters": asdict(merging.mirror.engine.counters()),
+        "saved_bytes": saved_bytes(merging),
+        "store_bytes": merging.store.backed_bytes(),
+        "tracked_bytes": sum(peer.tracked_pages() for peer in peers) * PAGE,
+        "daemon_bytes": _resident(),
+        "windows": sum(peer.counts.windows for peer in peers),
+        "merged": int(by_status[messages.MERGED]),
+        "refused": refused,
+        "cow_breaks": sum(peer.counts.cow_breaks for peer in peers),
+        "settled": merging.settled,
+        "clients": clients(merging),
+        "groups": groups(merging),
+    }
+
+
+def clients(merging: Merging) -> list[dict[str, Any]]:
+    """Return one row per client."""
+    rows = []
+    for peer in merging.peers.values():
+        regions = list(peer.regions.values())
+        refused = sum(int(np.count_nonzero(region.held_until)) for region in regions)
+        rows.append(
+            {
+                "pid": peer.pid,
+                "command": peer.command(),
+                "node_pages": _node_pages(merging, peer),
+                "regions": len(regions),
+                "pages": peer.tracked_pages(),
+                "merged_pages": sum(int(np.count_nonzero(region.merged())) for region in regions),
+                "zero_pages": sum(int(np.count_nonzero(region.where < 0)) for region in regions),
+                "broken_pages": sum(int(np.count_nonzero(region.broken)) for region in regions),
+                "refused_pages": refused,
+                "mappings": peer.mappings(),
+                "background": peer.windows_safe,
+                "why": peer.why,
+            }
+        )
+    return rows
+
+
+def _node_pages(merging: Merging, peer: Peer) -> dict[str, int]:
+    """Return how many of a client's present pages are on each node."""
+    counts = np.zeros(merging.nodes, np.int64)
+    assert peer.process is not None
+    for region in peer.regions.values():
+        frames = merging.mirror.frames_of(peer.process, region)
+        counts += np.bincount(merging.mirror.nodes_of(frames[frames > 0]), minlength=merging.nodes)
+    return {str(node): int(count) for node, count in enumerate(counts) if count}
+
+
+def groups(merging: Merging) -> list[dict[str, Any]]:
+    """Return who shares what: the sets of processes that map the same slots, per node, the largest first."""
+    slots, owners = [], []
+    peers = list(merging.peers.values())
+    for number, peer in enumerate(peers):
+        for region in peer.regions.values():
+            mapped = region.where[region.merged()]
+            slots.append(mapped)
+            owners.append(np.full(len(mapped), number))
+    if not slots:
+        return []
+    slot, owner = np.concatenate(slots), np.concatenate(owners)
+    if not len(slot):
+        return []
+    pairs = np.unique(np.stack([slot, owner]), axis=1)
+    first = np.flatnonzero(np.append(True, np.diff(pairs[0]) != 0))
+    found: dict[tuple[int, tuple[int, ...]], int] = {}
+    bounds = [*first.tolist(), len(pairs[0])]
+    nodes = {extent.number: extent.node for extent in merging.store}
+    for begin, end in pairwise(bounds):
+        key = (nodes.get(int(pairs[0][begin]) >> SHIFT, -1), tuple(pairs[1][begin:end].tolist()))
+        found[key] = found.get(key, 0) + 1
+    rows = [
+        {"node": node, "pids": [peers[one].pid for one in members], "pages": pages, "bytes": pages * PAGE}
+        for (node, members), pages in found.items()
+    ]
+    return sorted(rows, key=lambda row: -int(str(row["bytes"])))[:_GROUPS]
+
+
+def region_report(region: Region, before: int) -> dict[str, Any]:
+    """Return the fields of SYNCED for a region of which `before` pages were merged already."""
+    merged = region.merged()
+    holes = region.where < 0
+    status = np.where(region.broken, messages.BROKEN, region.status)[~merged & ~holes]
+    by_status = np.bincount(status, minlength=messages.STATUSES)
+    now = int(np.count_nonzero(merged) + np.count_nonzero(holes))
+    by_status[messages.UNKNOWN] += by_status[messages.MERGED] + by_status[messages.ALREADY]  # merged once, not now
+    by_status[messages.MERGED], by_status[messages.ALREADY] = max(now - before, 0), min(before, now)
+    return {
+        "pages": region.pages,
+        "by_status": by_status.astype(np.uint64),
+        "zero_pages": int(np.count_nonzero(holes)),
+        "saved_bytes": max(now - before, 0) * PAGE,
+    }
+
+
+def _resident() -> int:
+    """Return the resident memory of this process, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
