@@ -318,7 +318,8 @@ class Daemon:
             self._stopping = True
             return {"pid": os.getpid()}
         if verb == "history":
-            return {"history": self.history}
+            looks, cpu = self.merging.looks, round(time.process_time(), 6)
+            return {"history": self.history, "looks": looks, "cpu_seconds": cpu, "passes": self.merging.passes}
         if verb == "clients":
             return {"clients": report.clients(self.merging)}
         return self._stat()
@@ -373,4 +374,3 @@ def _percent(value: int | str) -> int:
         most = 100 * (os.cpu_count() or 1)
         raise KnobInvalid(MAX_CPU_PERCENT, f"{value!r} is out of range; use 1 to {most} (100 is one processor)")
     return number
-

@@ -46,7 +46,7 @@ class Merging:
         self.passes = 0  # over everything, ever
         self.calm_passes = 0  # passes in a row in which nothing merged
         self.still_passes = 0  # and in which nothing was written either
-        self._looks = 0
+        self.looks = 0  # at every client's page tables, ever
         self._looked = False  # since the last pass ended
         self._to_read: deque[tuple[Peer, Region, Int64]] = deque()
         self._full_until = 0
@@ -133,7 +133,7 @@ class Merging:
                 return True
         if self.mirror.at_start:
             nothing = self.idle or not any(peer.regions for peer in self.peers.values())
-            if nothing or (self.full and self._looks < self._full_until):
+            if nothing or (self.full and self.looks < self._full_until):
                 self._looked = False
                 self.calm_passes += int(nothing)
                 self.still_passes += int(nothing)
@@ -149,7 +149,7 @@ class Merging:
 
     def _look(self) -> None:
         """Ask every client's page tables what was written, and queue what must be read."""
-        self._looks += 1
+        self.looks += 1
         for peer in list(self.peers.values()):
             try:
                 written, broken = peer.written(), peer.newly_broken()
@@ -175,7 +175,7 @@ class Merging:
         for region in peer.regions.values():
             if not region.holds:
                 continue
-            index = np.flatnonzero((region.held_until > 0) & (region.held_until <= self._looks))
+            index = np.flatnonzero((region.held_until > 0) & (region.held_until <= self.looks))
             region.held_until[index] = 0
             region.holds = bool((region.held_until > 0).any())
             if len(index):
@@ -231,7 +231,7 @@ class Merging:
             self.full = ""
         except StoreFull as error:
             self.full = str(error)
-            self._full_until = self._looks + 16
+            self._full_until = self.looks + 16
         by_peer: dict[Peer, list[tuple[Region, Int64, Int64]]] = {}
         for peer, region, index, frames, _ in pieces:
             target = np.where(frames > 0, self.slots.of(np.maximum(frames, 0)), frames)
@@ -329,7 +329,7 @@ class Merging:
         self.mirror.refuse(peer.process, region.vpn + index)
         region.status[index] = status
         region.refusals[index] = np.minimum(region.refusals[index] + 1, _LONGEST_HOLD)
-        until = self._looks + (1 << region.refusals[index].astype(np.int32))
+        until = self.looks + (1 << region.refusals[index].astype(np.int32))
         until[np.isin(status, _FOR_GOOD)] = _FOREVER
         alone = (status != messages.DIFFERS) | (region.refusals[index] > 2)
         if alone.any():

@@ -18,6 +18,7 @@ from pagefold.live.peer import Peer
 from pagefold.live.region import SHIFT, Region
 
 _GROUPS = 64  # most groups of sharers that are told
+_PEER_BITS = 14  # of a client's number, below a slot's
 
 
 def saved_bytes(merging: Merging) -> int:
@@ -107,13 +108,14 @@ def groups(merging: Merging) -> list[dict[str, Any]]:
     slot, owner = np.concatenate(slots), np.concatenate(owners)
     if not len(slot):
         return []
-    pairs = np.unique(np.stack([slot, owner]), axis=1)
-    first = np.flatnonzero(np.append(True, np.diff(pairs[0]) != 0))
+    pairs = np.unique(slot << _PEER_BITS | owner)
+    slot, owner = pairs >> _PEER_BITS, pairs & (1 << _PEER_BITS) - 1
+    first = np.flatnonzero(np.append(True, np.diff(slot) != 0))
     found: dict[tuple[int, tuple[int, ...]], int] = {}
-    bounds = [*first.tolist(), len(pairs[0])]
+    bounds = [*first.tolist(), len(slot)]
     nodes = {extent.number: extent.node for extent in merging.store}
     for begin, end in pairwise(bounds):
-        key = (nodes.get(int(pairs[0][begin]) >> SHIFT, -1), tuple(pairs[1][begin:end].tolist()))
+        key = (nodes.get(int(slot[begin]) >> SHIFT, -1), tuple(owner[begin:end].tolist()))
         found[key] = found.get(key, 0) + 1
     rows = [
         {"node": node, "pids": [peers[one].pid for one in members], "pages": pages, "bytes": pages * PAGE}
