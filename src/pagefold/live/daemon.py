@@ -318,7 +318,7 @@ class Daemon:
             self._stopping = True
             return {"pid": os.getpid()}
         if verb == "history":
-            looks, cpu = self.merging.looks, round(time.process_time(), 6)
+            looks, cpu = self.merging.looking.looks, round(time.process_time(), 6)
             return {"history": self.history, "looks": looks, "cpu_seconds": cpu, "passes": self.merging.passes}
         if verb == "clients":
             return {"clients": report.clients(self.merging)}

@@ -125,7 +125,7 @@ def sweep(path: Path) -> bool:
 def sweep_private() -> None:
     """Remove what dead daemons of single commands left in this user's folder."""
     with contextlib.suppress(OSError):
-        for path in folder().glob(f"{PRIVATE}*.sock"):
+        for path in {path.with_name(path.name.removesuffix(".lock")) for path in folder().glob(f"{PRIVATE}*.sock*")}:
             sweep(path)
 
 

@@ -9,23 +9,18 @@ what the mirror wanted and the window refused is taken back in the mirror, and l
 
 from __future__ import annotations
 
-from collections import deque
-
 import numpy as np
 
 from pagefold.live import messages
+from pagefold.live.looking import Looking
 from pagefold.live.messages import PAGE
 from pagefold.live.mirror import Mirror
 from pagefold.live.peer import Batch, Peer
 from pagefold.live.planner import Run, runs_of, within_budget
-from pagefold.live.region import HOLE, SHIFT, Int64, Region
+from pagefold.live.region import FOREVER, SHIFT, Int64, Region
 from pagefold.live.slots import Slots, Source
 from pagefold.live.store import Store, StoreFull
-from pagefold.sources.hashing import read_pages
-from pagefold.sources.nodes import page_nodes, query_nodes
 
-READ_PAGES = 32768  # most pages read and hashed in one step
-_FOREVER = 2**31 - 1
 _LONGEST_HOLD = 6  # looks to wait double with every refusal, up to 2**this
 _FOR_GOOD = (messages.UNSUITABLE, messages.BROKEN, messages.BAD, messages.OFF)
 _QUIET = 3  # passes: one to learn a page, one to enter a tree, one to meet an equal there
@@ -46,9 +41,8 @@ class Merging:
         self.passes = 0  # over everything, ever
         self.calm_passes = 0  # passes in a row in which nothing merged
         self.still_passes = 0  # and in which nothing was written either
-        self.looks = 0  # at every client's page tables, ever
+        self.looking = Looking(self.mirror)
         self._looked = False  # since the last pass ended
-        self._to_read: deque[tuple[Peer, Region, Int64]] = deque()
         self._full_until = 0
 
     # --- clients ------------------------------------------------------------------------------------------------------------
@@ -65,7 +59,7 @@ class Merging:
         self.peers.pop(peer.process.mm)
         self.syncing -= set(peer.regions.values())
         self.mirror.detach(peer.process)
-        self._to_read = deque(entry for entry in self._to_read if entry[0] is not peer)
+        self.looking.forget(peer)
         peer.process = None
         self.stir()
 
@@ -85,8 +79,7 @@ class Merging:
             raise messages.BadMessage(f"client {peer.pid} ended region {number}, which it does not have")
         self.mirror.unmap(peer.process, region)
         self.syncing.discard(region)
-        self._to_read = deque(entry for entry in self._to_read if entry[1] is not region)
-        peer.retry = [entry for entry in peer.retry if entry[0] is not region]
+        self.looking.forget(peer, region)
         self.stir()
 
     def sync(self, peer: Peer, region: Region) -> None:
@@ -107,7 +100,7 @@ class Merging:
     def settled(self) -> bool:
         """Tell whether nothing more can merge as memory is now: passes enough without a merge, and no answer outstanding."""
         need = _QUIET_SMART if self.mirror.engine.get("smart_scan") else _QUIET
-        busy = bool(self._to_read) or any(peer.pending for peer in self.peers.values())
+        busy = self.reading or any(peer.pending for peer in self.peers.values())
         return not busy and self.calm_passes >= need
 
     @property
@@ -119,21 +112,26 @@ class Merging:
     @property
     def reading(self) -> bool:
         """Tell whether pages wait to be read and hashed."""
-        return bool(self._to_read)
+        return self.looking.reading
 
     def step(self, pages: int) -> bool:
         """Read, or scan up to `pages` pages and ask for windows. False if there was nothing to do."""
-        if self._to_read:
-            self._read()
+        if self.reading:
+            if self.looking.read():
+                self.still_passes = 0
             return True
         if self.mirror.at_start and not self._looked:
             self._looked = True
-            self._look()
-            if self._to_read:
+            changed = self.looking.look(list(self.peers.values()))
+            if self.nodes > 1:
+                changed |= self.looking.follow_migrations(self.peers.values(), self.store, self.slots)
+            if changed:
+                self.still_passes = 0
+            if self.reading:
                 return True
         if self.mirror.at_start:
             nothing = self.idle or not any(peer.regions for peer in self.peers.values())
-            if nothing or (self.full and self.looks < self._full_until):
+            if nothing or (self.full and self.looking.looks < self._full_until):
                 self._looked = False
                 self.calm_passes += int(nothing)
                 self.still_passes += int(nothing)
@@ -146,73 +144,6 @@ class Merging:
             self._looked = False
             self._end_pass()
         return True
-
-    def _look(self) -> None:
-        """Ask every client's page tables what was written, and queue what must be read."""
-        self.looks += 1
-        for peer in list(self.peers.values()):
-            try:
-                written, broken = peer.written(), peer.newly_broken()
-            except OSError:  # it ended; its connection says so soon
-                continue
-            assert peer.process is not None
-            for region, index in broken:
-                self.mirror.hold(peer.process, region.vpn + index)
-                region.held_until[index] = _FOREVER
-                self.still_passes = 0
-            for region, index in written:
-                region.where[index[region.where[index] == HOLE]] = 0
-                self._queue(peer, region, index[(region.held_until[index] == 0) & ~region.broken[index]])
-            for region, index in [*peer.retry, *self._released(peer)]:
-                self._queue(peer, region, index)
-            peer.retry = []
-        if self.nodes > 1:
-            self._follow_migrations()
-
-    def _released(self, peer: Peer) -> list[tuple[Region, Int64]]:
-        """Return pages whose time of being left alone is over."""
-        answer = []
-        for region in peer.regions.values():
-            if not region.holds:
-                continue
-            index = np.flatnonzero((region.held_until > 0) & (region.held_until <= self.looks))
-            region.held_until[index] = 0
-            region.holds = bool((region.held_until > 0).any())
-            if len(index):
-                answer.append((region, index))
-        return answer
-
-    def _queue(self, peer: Peer, region: Region, index: Int64) -> None:
-        for at in range(0, len(index), READ_PAGES):
-            self._to_read.append((peer, region, index[at : at + READ_PAGES]))
-
-    def _read(self) -> None:
-        """Read and hash what is queued, up to READ_PAGES of one client, and tell the mirror."""
-        peer, _, _ = self._to_read[0]
-        pieces: list[tuple[Region, Int64]] = []
-        room = READ_PAGES
-        while self._to_read and self._to_read[0][0] is peer and len(self._to_read[0][2]) <= room:
-            _, region, index = self._to_read.popleft()
-            pieces.append((region, index))
-            room -= len(index)
-        address = np.concatenate([region.start + index * PAGE for region, index in pieces])
-        try:
-            contents = read_pages(peer.reader, address, PAGE)
-            nodes = page_nodes(peer.pid, address)
-        except OSError:  # it ended; its connection says so soon
-            return
-        assert peer.process is not None
-        at = 0
-        for region, index in pieces:
-            part = slice(at, at + len(index))
-            at += len(index)
-            ok = contents.ok[part]
-            if not ok.all():
-                peer.retry.append((region, index[~ok]))
-            vpns = region.vpn + index[ok]
-            home = np.maximum(nodes[part][ok], 0)
-            if self.mirror.update(peer.process, vpns, contents.high[part][ok], contents.low[part][ok], home):
-                self.still_passes = 0
 
     # --- wishes and windows ------------------------------------------------------------------------------------------------------
 
@@ -231,7 +162,7 @@ class Merging:
             self.full = ""
         except StoreFull as error:
             self.full = str(error)
-            self._full_until = self.looks + 16
+            self._full_until = self.looking.looks + 16
         by_peer: dict[Peer, list[tuple[Region, Int64, Int64]]] = {}
         for peer, region, index, frames, _ in pieces:
             target = np.where(frames > 0, self.slots.of(np.maximum(frames, 0)), frames)
@@ -329,8 +260,8 @@ class Merging:
         self.mirror.refuse(peer.process, region.vpn + index)
         region.status[index] = status
         region.refusals[index] = np.minimum(region.refusals[index] + 1, _LONGEST_HOLD)
-        until = self.looks + (1 << region.refusals[index].astype(np.int32))
-        until[np.isin(status, _FOR_GOOD)] = _FOREVER
+        until = self.looking.looks + (1 << region.refusals[index].astype(np.int32))
+        until[np.isin(status, _FOR_GOOD)] = FOREVER
         alone = (status != messages.DIFFERS) | (region.refusals[index] > 2)
         if alone.any():
             region.held_until[index[alone]] = until[alone]
@@ -371,35 +302,3 @@ class Merging:
                 target = moved[region.where[index] & 0xFFFFFFFF]
                 wanted.append((region, index[target > 0], target[target > 0]))
             self.ask(peer, [one for one in wanted if len(one[1])])
-
-    def _follow_migrations(self) -> None:
-        """Let the mirror's frames be where the real pages are."""
-        for extent in self.store:
-            slots = extent.live_slots()
-            address = extent.address_of(0) + slots * PAGE
-            _ = (
-                int(extent.memory[slots, 0].sum()) if len(slots) else 0
-            )  # present here, so that the kernel can say where
-            self._moved(extent.number << SHIFT | slots, query_nodes(0, address))
-            extent.forget()
-        for peer in self.peers.values():
-            assert peer.process is not None
-            for region in peer.regions.values():
-                frames = self.mirror.frames_of(peer.process, region)
-                index = np.flatnonzero((frames > 0) & (region.where == 0) & (region.held_until == 0))
-                index = index[~self.mirror.is_ksm(frames[index])]
-                nodes = query_nodes(peer.pid, region.start + index * PAGE)
-                away = (nodes >= 0) & (nodes != self.mirror.nodes_of(frames[index]))
-                for at, node in zip(index[away].tolist(), nodes[away].tolist(), strict=True):
-                    self.mirror.move(peer.process, region.vpn + at, node)
-                    self.still_passes = 0
-
-    def _moved(self, slots: Int64, nodes: np.ndarray[tuple[int], np.dtype[np.int16]]) -> None:
-        """Follow slots of the store that were migrated."""
-        frames = self.slots.frames_of(slots)
-        away = np.flatnonzero((nodes >= 0) & (frames > 0) & (nodes != self.mirror.nodes_of(frames)))
-        for old, node in zip(frames[away].tolist(), nodes[away].tolist(), strict=True):
-            new = self.mirror.move_frame(old, node)
-            if new:
-                self.slots.move(old, new)
-                self.stir()

@@ -12,6 +12,7 @@ from pagefold.live.messages import PAGE, UNKNOWN
 
 Int64 = NDArray[np.int64]
 HOLE = -1  # in `where`: merged as zeros, nothing is mapped
+FOREVER = 2**31 - 1  # in `held_until`
 SHIFT = 32  # `where` of a merged page: number of the extent << SHIFT | slot
 
 

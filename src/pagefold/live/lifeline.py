@@ -1,0 +1,166 @@
+"""Own a daemon that lives for somebody: it is started with the reading end of a pipe, and ends when the pipe and its last client are gone.
+
+However whoever started it ends, by SIGKILL for instance, the kernel closes the pipe. Must not know: what it is needed for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from pagefold.errors import NotHere, NotPermitted, PagefoldError
+from pagefold.live import control, domain
+
+SITE = Path(__file__).parent / "site"  # whose sitecustomize.py lets Python processes find a daemon
+_OURS = ("PAGEFOLD_SOCKET", "PAGEFOLD_ENABLE", "NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+_START = "from pagefold.cli import command; command()"
+_LOOKS = 2  # in a row without any client: others may be about to connect. A domain of one command has no others.
+_BETWEEN_LOOKS = 0.5  # seconds
+_POLL = 0.01
+_MOST_SAID = 65536
+
+
+class NotStarted(PagefoldError):  # noqa: N818
+    """The daemon ended before it served; in its own words."""
+
+    def __init__(self, said: str, exit_code: int) -> None:
+        super().__init__(said)
+        self.exit_code = exit_code
+
+
+class Started:
+    """A daemon of our own and our end of its pipe."""
+
+    def __init__(self, name: str, path: Path, process: subprocess.Popen[bytes], pipe: int, errors: IO[bytes]) -> None:
+        self.name, self.path = name, path
+        self._process, self._pipe, self._errors = process, pipe, errors
+
+    @property
+    def pid(self) -> int:
+        """Return its PID."""
+        return self._process.pid
+
+    def ended(self) -> str | None:
+        """Return what it said last if it has ended by itself and badly, None while all is well."""
+        code = self._process.poll()
+        return None if code in (None, 0) else self.last_words() or f"exit code {code}"
+
+    def last_words(self) -> str:
+        """Return the last line it wrote on stderr, without its name."""
+        self._errors.seek(0)
+        lines = self._errors.read(_MOST_SAID).decode(errors="replace").strip().splitlines()
+        return lines[-1].removeprefix("pagefold: ") if lines else ""
+
+    def let_go(self, patience: float) -> bool:
+        """Close our end; True if it ended within so many seconds, and nothing of it is left. Else it ends with its last client."""
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+        try:
+            self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            return False
+        domain.sweep(self.path)
+        self._errors.close()
+        return True
+
+
+def start(name: str, knobs: Mapping[str, str]) -> Started:
+    """Start a daemon for a domain and return when it can be connected to. NotStarted: it said why; DomainBusy: another one serves it."""
+    path = domain.socket_path(name)
+    reading, writing = os.pipe()
+    errors = tempfile.TemporaryFile()  # noqa: SIM115  (kept open as long as it may write)
+    words = [sys.executable, "-P", "-c", _START, "serve", "--domain", name, "--lifeline", str(reading)]
+    words += [word for knob, value in knobs.items() for word in ("--knob", f"{knob}={value}")]
+    try:
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            pass_fds=[reading],
+            env=_own_environment(),
+            start_new_session=True,  # what a terminal sends to the command is not meant for it
+        )
+    except BaseException:
+        os.close(writing)
+        raise
+    finally:
+        os.close(reading)
+    started = Started(name, path, process, writing, errors)
+    try:
+        while not control.serves(path):
+            if process.poll() is not None:
+                said = started.last_words()
+                raise NotStarted(said or f"the daemon ended at once (exit code {process.returncode})", 1)
+            time.sleep(_POLL)
+    except BaseException:
+        started.let_go(0)
+        raise
+    return started
+
+
+def join_or_start(name: str, knobs: Mapping[str, str]) -> Started | None:
+    """Start a daemon for a domain, None if one serves it already: that one gets the knobs."""
+    path = domain.socket_path(name)
+    if not control.serves(path):
+        try:
+            return start(name, knobs)
+        except NotStarted:
+            if not control.serves(path):  # else another one was faster
+                raise
+    if knobs:
+        control.ask(path, {"verb": "set", "knobs": dict(knobs)})
+    return None
+
+
+def watch(pipe: int, name: str, path: Path) -> None:
+    """In the daemon: stop it once nobody holds the other end of the pipe and no client is left. Returns at once."""
+    looks = 1 if name.startswith(domain.PRIVATE) else _LOOKS
+    threading.Thread(target=_watch, args=(pipe, path, looks), name="lifeline", daemon=True).start()
+
+
+def _watch(pipe: int, path: Path, looks: int) -> None:
+    while os.read(pipe, 1):
+        pass
+    empty = 0
+    while True:
+        with contextlib.suppress(control.NoAnswer, control.Refused):
+            try:
+                empty = 0 if control.ask(path, {"verb": "clients"})["clients"] else empty + 1
+                if empty >= looks:
+                    control.ask(path, {"verb": "stop"})
+                    return
+            except (NotHere, NotPermitted):  # it is ending already, or nobody can reach it any more
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+        time.sleep(_BETWEEN_LOOKS)
+
+
+def _own_environment() -> dict[str, str]:
+    """Return our environment without what would make the daemon a client, of itself or of a daemon around us."""
+    environment = {name: value for name, value in os.environ.items() if name not in _OURS}
+    folders = environment.pop("PYTHONPATH", "").split(os.pathsep)
+    if kept := [folder for folder in folders if folder and Path(folder) != SITE]:
+        environment["PYTHONPATH"] = os.pathsep.join(kept)
+    return environment
+
+
+def client_environment(path: Path, *, enable: bool) -> dict[str, str]:
+    """Return the environment in which every Python process finds the daemon at this path, and enables pagefold if that is wanted."""
+    environment = {name: value for name, value in os.environ.items() if name != "PAGEFOLD_ENABLE"}
+    environment["PAGEFOLD_SOCKET"] = str(path)
+    if enable:
+        environment["PAGEFOLD_ENABLE"] = "1"
+    folders = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    environment["PYTHONPATH"] = os.pathsep.join([str(SITE), *(folder for folder in folders if Path(folder) != SITE)])
+    return environment

@@ -1,0 +1,147 @@
+"""Own what the mirror knows of clients' memory: asking their kernel what was written, reading that, following what migrates.
+
+Must not know: what the engine makes of it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from pagefold.live.messages import PAGE
+from pagefold.live.mirror import Mirror
+from pagefold.live.peer import Peer
+from pagefold.live.region import FOREVER, HOLE, SHIFT, Int64, Region
+from pagefold.live.slots import Slots
+from pagefold.live.store import Store
+from pagefold.sources.hashing import read_pages
+from pagefold.sources.nodes import page_nodes, query_nodes
+
+READ_PAGES = 32768  # most pages read and hashed in one step
+
+
+class Looking:
+    """The pages that must be read, and how often everybody was looked at."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        self.mirror = mirror
+        self.looks = 0  # at every client's page tables, ever
+        self._to_read: deque[tuple[Peer, Region, Int64]] = deque()
+
+    @property
+    def reading(self) -> bool:
+        """Tell whether pages wait to be read and hashed."""
+        return bool(self._to_read)
+
+    def look(self, peers: Iterable[Peer]) -> bool:
+        """Ask clients' page tables what was written, and queue what must be read. Tell whether the mirror changed at once."""
+        self.looks += 1
+        changed = False
+        for peer in peers:
+            try:
+                written, broken = peer.written(), peer.newly_broken()
+            except OSError:  # it ended; its connection says so soon
+                continue
+            assert peer.process is not None
+            for region, index in broken:
+                self.mirror.hold(peer.process, region.vpn + index)
+                region.held_until[index] = FOREVER
+                changed = True
+            for region, index in written:
+                gone = index[region.where[index] == HOLE]
+                if region.tracked:  # only private mappings are: whatever was merged there is so no more
+                    gone = index
+                region.where[gone] = 0
+                region.broken[gone] = False
+                self._queue(peer, region, index[(region.held_until[index] == 0) & ~region.broken[index]])
+            for region, index in [*peer.retry, *self._released(peer)]:
+                self._queue(peer, region, index)
+            peer.retry = []
+        return changed
+
+    def _released(self, peer: Peer) -> list[tuple[Region, Int64]]:
+        """Return pages whose time of being left alone is over."""
+        answer = []
+        for region in peer.regions.values():
+            if not region.holds:
+                continue
+            index = np.flatnonzero((region.held_until > 0) & (region.held_until <= self.looks))
+            region.held_until[index] = 0
+            region.holds = bool((region.held_until > 0).any())
+            if len(index):
+                answer.append((region, index))
+        return answer
+
+    def _queue(self, peer: Peer, region: Region, index: Int64) -> None:
+        for at in range(0, len(index), READ_PAGES):
+            self._to_read.append((peer, region, index[at : at + READ_PAGES]))
+
+    def read(self) -> bool:
+        """Read and hash what is queued, up to READ_PAGES of one client, and tell the mirror; tell whether that changed."""
+        peer, _, _ = self._to_read[0]
+        pieces: list[tuple[Region, Int64]] = []
+        room = READ_PAGES
+        while self._to_read and self._to_read[0][0] is peer and len(self._to_read[0][2]) <= room:
+            _, region, index = self._to_read.popleft()
+            pieces.append((region, index))
+            room -= len(index)
+        address = np.concatenate([region.start + index * PAGE for region, index in pieces])
+        try:
+            contents = read_pages(peer.reader, address, PAGE)
+            nodes = page_nodes(peer.pid, address)
+        except OSError:  # it ended; its connection says so soon
+            return False
+        assert peer.process is not None
+        at, changed = 0, False
+        for region, index in pieces:
+            part = slice(at, at + len(index))
+            at += len(index)
+            ok = contents.ok[part]
+            if not ok.all():
+                peer.retry.append((region, index[~ok]))
+            vpns = region.vpn + index[ok]
+            home = np.maximum(nodes[part][ok], 0)
+            changed |= self.mirror.update(peer.process, vpns, contents.high[part][ok], contents.low[part][ok], home)
+        return changed
+
+    def forget(self, peer: Peer, region: Region | None = None) -> None:
+        """Read nothing more of a client, or of one of its regions."""
+        self._to_read = deque(one for one in self._to_read if one[0] is not peer or (region and one[1] is not region))
+        peer.retry = [one for one in peer.retry if region and one[0] is not region]
+
+    def follow_migrations(self, peers: Iterable[Peer], store: Store, slots: Slots) -> bool:
+        """Let the mirror's frames be where the real pages are; tell whether any moved."""
+        moved = False
+        for extent in self.store:
+            slots = extent.live_slots()
+            address = extent.address_of(0) + slots * PAGE
+            _ = (
+                int(extent.memory[slots, 0].sum()) if len(slots) else 0
+            )  # present here, so that the kernel can say where
+            moved |= self._moved(slots, extent.number << SHIFT | live, query_nodes(0, address))
+            extent.forget()
+        for peer in peers:
+            assert peer.process is not None
+            for region in peer.regions.values():
+                frames = self.mirror.frames_of(peer.process, region)
+                index = np.flatnonzero((frames > 0) & (region.where == 0) & (region.held_until == 0))
+                index = index[~self.mirror.is_ksm(frames[index])]
+                nodes = query_nodes(peer.pid, region.start + index * PAGE)
+                away = (nodes >= 0) & (nodes != self.mirror.nodes_of(frames[index]))
+                for at, node in zip(index[away].tolist(), nodes[away].tolist(), strict=True):
+                    moved |= self.mirror.move(peer.process, region.vpn + at, node)
+        return moved
+
+    def _moved(self, slots: Slots, numbers: Int64, nodes: np.ndarray[tuple[int], np.dtype[np.int16]]) -> bool:
+        """Follow slots of the store that were migrated."""
+        moved = False
+        frames = slots.frames_of(numbers)
+        away = np.flatnonzero((nodes >= 0) & (frames > 0) & (nodes != self.mirror.nodes_of(frames)))
+        for old, node in zip(frames[away].tolist(), nodes[away].tolist(), strict=True):
+            new = self.mirror.move_frame(old, node)
+            if new:
+                slots.move(old, new)
+                moved = True
+        return moved

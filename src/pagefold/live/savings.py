@@ -1,0 +1,87 @@
+"""Own what one command saved and when: asked of the daemon now and then while the command runs, for afterwards nobody knows.
+
+Must not know: how it is shown.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pagefold.errors import PagefoldError
+from pagefold.live import control
+
+_INTERVAL = 0.5  # seconds between two questions
+_SHARE = 20  # the daemon spends at most one part in so many on our questions
+_PATIENCE = 5.0
+
+
+@dataclass
+class Savings:
+    """What a command saved; times are seconds since it was started."""
+
+    peak_saved_bytes: int = 0
+    peak_seconds: float | None = None
+    saved_bytes: int = 0  # when last asked while there were clients
+    settled_seconds: float | None = None  # the first time that something was saved and nothing more could be
+    stat: dict[str, Any] = field(
+        default_factory=dict
+    )  # the daemon's last answer with clients; empty if there never were any
+
+    def take(self, stat: dict[str, Any], seconds: float) -> None:
+        """Note an answer that came so long after the start."""
+        offset = seconds - float(stat["uptime_seconds"])  # of the daemon's clock
+        for at, saved in [*stat["history"], [stat["uptime_seconds"], stat["saved_bytes"]]]:
+            when = at + offset
+            if saved > self.peak_saved_bytes and when >= 0:
+                self.peak_saved_bytes, self.peak_seconds = saved, round(when, 2)
+        if not stat["clients"]:
+            return
+        self.stat = stat
+        self.saved_bytes = stat["saved_bytes"]
+        if self.settled_seconds is None and stat["settled"] and stat["saved_bytes"] > 0:
+            settled = stat["settled_seconds"]
+            self.settled_seconds = round(seconds if settled is None else max(settled + offset, 0.0), 2)
+
+
+class Sampler:
+    """Ask the daemon at a path until told to end."""
+
+    def __init__(self, path: Path) -> None:
+        self.savings = Savings()
+        self._path = path
+        self._began = time.monotonic()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="savings", daemon=True)
+
+    def start(self) -> None:
+        """Begin; the command starts now."""
+        self._began = time.monotonic()
+        self._thread.start()
+
+    def end(self) -> Savings:
+        """Ask a last time, and return what was found."""
+        self._end.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+            self._ask()
+        return self.savings
+
+    def _run(self) -> None:
+        pause = _INTERVAL
+        while not self._end.wait(pause):
+            pause = max(_INTERVAL, self._ask() * _SHARE)
+
+    def _ask(self) -> float:
+        """Ask once; returns how long the answer took."""
+        began = time.monotonic()
+        try:
+            stat = control.ask(self._path, {"verb": "stat"}, _PATIENCE)
+        except PagefoldError:  # it is busy, or gone: then what we know stays
+            return time.monotonic() - began
+        now = time.monotonic()
+        self.savings.take(stat, now - self._began)
+        return now - began
