@@ -114,13 +114,12 @@ class Looking:
     def follow_migrations(self, peers: Iterable[Peer], store: Store, slots: Slots) -> bool:
         """Let the mirror's frames be where the real pages are; tell whether any moved."""
         moved = False
-        for extent in self.store:
-            slots = extent.live_slots()
-            address = extent.address_of(0) + slots * PAGE
-            _ = (
-                int(extent.memory[slots, 0].sum()) if len(slots) else 0
-            )  # present here, so that the kernel can say where
-            moved |= self._moved(slots, extent.number << SHIFT | live, query_nodes(0, address))
+        for extent in store:
+            live = extent.live_slots()
+            if len(live):
+                int(extent.memory[live, 0].sum())  # present here, so that the kernel can say where
+                nodes = query_nodes(0, extent.address_of(0) + live * PAGE)
+                moved |= self._moved(slots, extent.number << SHIFT | live, nodes)
             extent.forget()
         for peer in peers:
             assert peer.process is not None
