@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 GUESTS := PYTHONPATH=vm $(PYTHON) -m kernelguest
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-modes conform lint test-deps bench clean
+.PHONY: help agent run test test-modes conform lint test-deps bench clean
 
 help: ## Say what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -16,17 +16,20 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo]'
 	touch $(READY)
 
-run: $(READY) ## Start five real workers, four with the same data, and plan their memory
+agent: ## Compile the part of a client that is C, if a source of it changed
+	@$(MAKE) --silent --no-print-directory -C csrc
+
+run: $(READY) agent ## Start five real workers, four with the same data, and plan their memory
 	$(BIN)/python examples/plan_workers.py
 
-test: $(READY) ## Run the whole test suite
+test: $(READY) agent ## Run the whole test suite
 	$(BIN)/python -m pytest
 
-test-modes: $(READY) ## Run it uncompiled, and compiled with bounds checks
+test-modes: $(READY) agent ## Run it uncompiled, and compiled with bounds checks
 	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q -m "not guest"
 	NUMBA_BOUNDSCHECK=1 $(BIN)/python -m pytest -q -m "not guest"
 
-conform: $(READY) ## Compare the engine with real kernels: all scenarios, and 300 random sequences on each
+conform: $(READY) agent ## Compare the engine with real kernels: all scenarios, and 300 random sequences on each
 	$(BIN)/pagefold conform
 	$(BIN)/pagefold conform --host sim,guest --nodes 4
 	PAGEFOLD_CONFORM=all $(BIN)/python -m pytest -q tests/conformance/test_random.py
@@ -41,7 +44,7 @@ test-deps: ## Install system packages that some tests need (Debian, root); witho
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends gdb $$($(GUESTS) packages) && $(GUESTS) fetch; \
 	else echo "test-deps: this is not Debian, or you are not root: install gdb (for gcore) and QEMU by hand"; fi
 
-bench: $(READY) ## Measure, against the kernel, in one run
+bench: $(READY) agent ## Measure, against the kernel, in one run
 	$(BIN)/python benchmarks/engine_scan.py
 	$(BIN)/python benchmarks/plan_read.py
 	$(BIN)/python benchmarks/start_up.py

@@ -61,6 +61,8 @@ struct pf_report {
     uint64_t saved_bytes;             /* memory that this call gave back */
 };
 
+#pragma GCC visibility push(default) /* the only names that the library exports */
+
 /* Start the agent: its threads, its own file table, its self-test. `socket_path` NULL or "": no daemon, embedded only.
  * Calling it again with another path moves to that daemon; regions stay. In a forked child: call again. */
 int pf_start(const char *socket_path);
@@ -73,10 +75,17 @@ int pf_get_state(struct pf_state *state);
  * -EOPNOTSUPP the mapping cannot be merged (shared, file, special ...). With `quietly` != 0 only pf_merge touches it: no background. */
 int64_t pf_advise(uint64_t start, uint64_t bytes, uint32_t quietly);
 /* End that, and give every merged page back as private anonymous memory; threads may write meanwhile. Returns the number of
- * pages that could not be given back (pinned: they stay private, correct, in a file mapping), or a negative errno. */
+ * pages that could not be given back (pinned: they stay private, correct, in a file mapping), or a negative errno: of all of
+ * these functions -ESRCH means that the agent is not started, -ECHILD that this process was made by a bare clone(2). */
 int64_t pf_unadvise(int64_t region);
+/* The same where windows are not safe (pf_state): the caller promises that nothing writes to the region during the call. With
+ * pf_unadvise its merged pages then stay in a file mapping, private and correct, and are counted in the answer. */
+int64_t pf_unadvise_plainly(int64_t region);
 /* End that without touching the memory: its owner unmaps it next. Returns only when no window is in it. */
 int pf_forget(int64_t region);
+/* End that for memory whose content nobody wants any more, but which stays mapped (it goes back to malloc): merged pages become
+ * fresh ones. At once, from any thread. Returns the number of pages that could not be replaced, or a negative errno. */
+int64_t pf_discard(int64_t region);
 /* Merge the region's pages now, with what is known to be equal elsewhere; waits. Where windows are not safe the pages are
  * swapped plainly: the caller promises that nobody writes to them during the call. timeout_ms bounds the wait for a daemon. */
 int pf_merge(int64_t region, uint64_t timeout_ms, struct pf_report *report);
@@ -91,5 +100,7 @@ void pf_array_free(void *ctx, void *pointer, size_t size);
 
 /* sizeof and offsetof of every message and struct, as text "name size field:offset ...\n"; the test compares it with Python. */
 const char *pf_layout(void);
+
+#pragma GCC visibility pop
 
 #endif

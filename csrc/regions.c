@@ -1,0 +1,257 @@
+/* Own the registry of regions and W, the window mutex: see regions.h. Must not know userfaultfd, the daemon, or Python.
+ *
+ * The registry is an array of entries, sorted by address, in memory of its own mmap; it doubles. An entry repeats what a
+ * search needs, so that one with thousands of regions touches few cache lines. Ids count up, so a late message about a
+ * region that is gone can never meet another one.
+ */
+#define _GNU_SOURCE
+#include "regions.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include "kit.h"
+
+static pthread_mutex_t window_mutex = PTHREAD_MUTEX_INITIALIZER;
+static atomic_int waiting; /* threads in pf_w_lock */
+
+static struct entry {
+    uint64_t start, end;
+    int64_t id;
+    struct pf_region *region;
+} *entries; /* sorted by start */
+static uint32_t count, room;
+static int64_t last_id;
+static uint64_t all_pages;
+
+static void before_fork(void) {
+    pf_w_lock();
+}
+
+static void after_fork_in_parent(void) {
+    pf_counts_all.forks++;
+    pf_w_unlock();
+}
+
+/* The child has no agent, no userfaultfd (its registrations are not inherited) and no other thread. */
+static void after_fork_in_child(void) {
+    atomic_store(&waiting, 0);
+    for (uint32_t i = 0; i < count; i++)
+        entries[i].region->tracked = 0;
+    pf_kit_forget();
+    pf_w_unlock();
+}
+
+static void __attribute__((constructor)) watch_forks(void) {
+    pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+}
+
+void pf_w_lock(void) {
+    atomic_fetch_add(&waiting, 1);
+    pthread_mutex_lock(&window_mutex);
+    atomic_fetch_sub(&waiting, 1);
+}
+
+void pf_w_lock_window(void) {
+    /* Bounded, and only politeness: each round lasts longer than it takes to wake a thread. */
+    for (int round = 0; round < 20 && atomic_load(&waiting); round++) {
+        struct timespec pause = {.tv_nsec = 50000};
+        nanosleep(&pause, NULL);
+    }
+    pthread_mutex_lock(&window_mutex);
+}
+
+void pf_w_unlock(void) {
+    pthread_mutex_unlock(&window_mutex);
+}
+
+static void *map_memory(uint64_t bytes) {
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED)
+        return NULL;
+    madvise(memory, bytes, MADV_NOHUGEPAGE); /* 8 bytes per page, and mostly zeros: keep them few */
+    return memory;
+}
+
+static uint64_t round_up(uint64_t bytes) {
+    return (bytes + PF_PAGE - 1) / PF_PAGE * PF_PAGE;
+}
+
+/* A region's record and its `where` are one mapping: the record first. */
+static uint64_t record_bytes(uint64_t pages) {
+    return round_up(sizeof(struct pf_region) + pages * sizeof(uint64_t));
+}
+
+/* First index whose region ends above `address`. */
+static uint32_t index_above(uint64_t address) {
+    uint32_t low = 0, high = count;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (entries[middle].end > address)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
+static bool make_room(void) {
+    if (count < room)
+        return true;
+    uint32_t more = room ? 2 * room : PF_PAGE / sizeof *entries;
+    struct entry *larger = map_memory(more * sizeof *entries);
+    if (!larger)
+        return false;
+    if (entries) {
+        memcpy(larger, entries, count * sizeof *entries);
+        munmap(entries, room * sizeof *entries);
+    }
+    entries = larger;
+    room = more;
+    return true;
+}
+
+int64_t pf_region_add(uint64_t start, uint64_t bytes, uint32_t quiet, uint32_t vma) {
+    const uint64_t pages = bytes / PF_PAGE;
+    if (start % PF_PAGE || bytes % PF_PAGE || !pages || start + bytes < start || pages > UINT64_MAX / 16 / PF_PAGE)
+        return -EINVAL;
+    struct pf_region *region = map_memory(record_bytes(pages));
+    if (!region)
+        return -ENOMEM;
+    *region = (struct pf_region){.start = start, .pages = pages, .quiet = quiet, .vma = vma,
+                                 .where = (uint64_t *)(region + 1)};
+    pf_w_lock();
+    int64_t result = 0;
+    uint32_t at = index_above(start);
+    if (at < count && entries[at].start < start + bytes)
+        result = -EEXIST;
+    else if (!make_room())
+        result = -ENOMEM;
+    if (!result) {
+        memmove(entries + at + 1, entries + at, (count - at) * sizeof *entries);
+        result = region->id = ++last_id;
+        entries[at] = (struct entry){start, start + bytes, region->id, region};
+        count++;
+        all_pages += pages;
+    }
+    pf_w_unlock();
+    if (result < 0)
+        munmap(region, record_bytes(pages));
+    return result;
+}
+
+/* Index of the region with this id, or `count`. Linear, but not for windows: they look up by address. */
+static uint32_t index_of(int64_t id) {
+    uint32_t at = 0;
+    while (at < count && entries[at].id != id)
+        at++;
+    return at;
+}
+
+static struct pf_region *find(int64_t id) {
+    return pf_region_index(index_of(id));
+}
+
+struct pf_region *pf_region_find_at(uint64_t address) {
+    uint32_t at = index_above(address);
+    return at < count && entries[at].start <= address ? entries[at].region : NULL;
+}
+
+struct pf_region *pf_region_index(uint32_t index) {
+    return index < count ? entries[index].region : NULL;
+}
+
+int pf_region_close(int64_t id) {
+    pf_w_lock();
+    struct pf_region *region = find(id);
+    if (region)
+        region->closing = 1;
+    pf_w_unlock();
+    return region ? 0 : -ENOENT;
+}
+
+int pf_region_remove(int64_t id) {
+    pf_w_lock();
+    uint32_t at = index_of(id);
+    struct pf_region *region = pf_region_index(at);
+    if (region) {
+        count--;
+        memmove(entries + at, entries + at + 1, (count - at) * sizeof *entries);
+        all_pages -= region->pages;
+    }
+    pf_w_unlock();
+    if (!region)
+        return -ENOENT;
+    munmap(region, record_bytes(region->pages));
+    return 0;
+}
+
+static bool copy_record(const struct pf_region *region, struct pf_region *copy) {
+    if (region) {
+        *copy = *region;
+        copy->where = NULL;
+    }
+    return region != NULL;
+}
+
+bool pf_region_get(int64_t id, struct pf_region *copy) {
+    pf_w_lock();
+    bool found = copy_record(find(id), copy);
+    pf_w_unlock();
+    return found;
+}
+
+bool pf_region_next(int64_t after, struct pf_region *copy) {
+    const struct pf_region *next = NULL;
+    pf_w_lock();
+    for (uint32_t i = 0; i < count; i++)
+        if (entries[i].id > after && (!next || entries[i].id < next->id))
+            next = entries[i].region;
+    bool found = copy_record(next, copy);
+    pf_w_unlock();
+    return found;
+}
+
+bool pf_region_at(uint64_t address, struct pf_region *copy) {
+    pf_w_lock();
+    bool found = copy_record(pf_region_find_at(address), copy);
+    pf_w_unlock();
+    return found;
+}
+
+int pf_region_where(int64_t id, uint64_t first, uint64_t pages, uint64_t *out) {
+    int result = -ENOENT;
+    pf_w_lock();
+    const struct pf_region *region = find(id);
+    if (region) {
+        result = first <= region->pages && pages <= region->pages - first ? 0 : -EINVAL;
+        if (!result)
+            memcpy(out, region->where + first, pages * sizeof *out);
+    }
+    pf_w_unlock();
+    return result;
+}
+
+void pf_region_totals(uint32_t *number, uint64_t *pages) {
+    pf_w_lock();
+    *number = count;
+    *pages = all_pages;
+    pf_w_unlock();
+}
+
+uint64_t pf_region_extent_pages(uint32_t extent) {
+    uint64_t found = 0;
+    pf_w_lock();
+    for (uint32_t i = 0; i < count; i++)
+        for (uint64_t page = 0; page < entries[i].region->pages; page++) {
+            uint64_t where = entries[i].region->where[page];
+            found += where && PF_WHERE_EXTENT(where) == extent;
+        }
+    pf_w_unlock();
+    return found;
+}

@@ -1,0 +1,429 @@
+/* Own giving back: merged pages become private anonymous memory again. Must not know the daemon, messages or Python.
+ *
+ * Why no byte is lost, while threads write and devices hold pins
+ *
+ *  1. The run is registered for write protection with the hold userfaultfd and protected: from now on whoever wants to
+ *     make a page of it writable waits, threads and system calls alike. Reading goes on.
+ *  2. A page that pagemap now shows as the file's (or absent) is the slot: its bytes never change. Nobody can hold a pin
+ *     for writing on it, since that would have made it private first.
+ *  3. A page that is private (broken: written since it was merged) can have been pinned before 1, by io_uring, direct I/O
+ *     or a device that goes on writing through its pin. To copy such a page would lose what comes. So a child is cloned:
+ *     the kernel gives a child its own copy of each page that is pinned, at once, and shares all others. In the parent
+ *     exactly the pinned ones are still mapped once, which pagemap shows. Pages that a forked process of the program shared
+ *     before cannot be pinned: a pin for writing had made them our own. Clone also waits for system calls that found a page
+ *     by address earlier and write under mmap_lock (ptrace, /proc/PID/mem).
+ *  4. After the clone pages that are not pinned are write-protected for the kernel too and no longer exclusive: a new pin
+ *     must fault first, and there it waits for 1. So their bytes stand still, also when the child has gone.
+ *  5. The pages that stand still (2, 4) are copied to staging. Then an empty anonymous mapping, registered MISSING, takes
+ *     the place of the run by mremap: one step, in which an access sees either the old mapping or a missing page, and
+ *     waits. The hold userfaultfd asks for remap events, because that keeps a registration through mremap; the event must
+ *     be read by somebody while mremap waits: that is what the listener thread is for.
+ *  6. UFFDIO_MOVE puts the copies in place; pagemap says when staging is empty. Then the registration ends, write tracking
+ *     begins again, and all who waited are woken.
+ *  7. An empty mapping that is moved becomes like one made there, so it can join its neighbours and the region be one
+ *     mapping again. For that it must get its neighbour's anon_vma with its first page, which the kernel gives only if the
+ *     flags of the two are equal in this moment: so the neighbouring page is registered the same way meanwhile (lend).
+ *  8. Where no listener can be started, and in a plain restore, the copies themselves are moved over the run (one step
+ *     too), and their mapping does not join its neighbours.
+ *  9. What stays (pinned; no mapping or memory free) is made private in place by a write fault (MADV_POPULATE_WRITE), which
+ *     is always safe: it needs the store no more, but stays in a file mapping.
+ * 10. mremap frees the place before it moves; if it fails in between, which takes a failing allocation of the smallest
+ *     size, the run is mapped and filled again at once (rescue).
+ * 11. As in window.c: a long-term pin for reading (RDMA, VFIO) taken between 2 or 4 and 5 keeps the old copy: equal bytes,
+ *     but later writes do not reach it.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#include "fault.h"
+#include "kernel.h"
+#include "kit.h"
+#include "window.h"
+
+#define SMALL_PAGES 256u  /* of a batch without private pages: writers wait some 100 us */
+#define LARGE_PAGES 4096u /* of a batch with some: one clone for all of them */
+#define STRETCHES 256u
+#define SMALL_STRETCHES 32u
+
+struct stretch {
+    uint64_t start;
+    uint32_t pages;
+    bool held;
+};
+
+/* All that one pf_restore works with; nothing of it is on the heap. */
+struct restore {
+    bool held;       /* in this batch: the kit is there, threads may write */
+    bool empty;      /* in this batch: way 5 of above, else 8 */
+    bool listening;  /* the listener runs, for the kit with this number: */
+    uint32_t kit;
+    uint8_t *staging; /* LARGE_PAGES; of no child */
+    uint64_t fresh;   /* what takes the place of runs, in this batch: begin of the unused rest, and its pages */
+    uint64_t fresh_pages;
+    struct pf_region *region;
+    struct stretch stretches[STRETCHES];
+    uint32_t count;
+    uint32_t pages; /* of all stretches */
+    uint64_t kept;   /* could not be given back */
+    uint64_t failed; /* of those: not because they are pinned */
+    uint64_t done;   /* given back */
+    pthread_t listener;
+    int uffd, stop[2]; /* of the listener */
+};
+
+static void *address(uint64_t start) {
+    return (void *)(uintptr_t)start;
+}
+
+static uint64_t *where_of(const struct restore *restore, uint64_t start) {
+    return restore->region->where + (start - restore->region->start) / PF_PAGE;
+}
+
+static bool is_private(uint64_t entry) {
+    return entry & PF_PM_PRESENT && !(entry & PF_PM_FILE);
+}
+
+/* Read events of the hold userfaultfd, which lets mremap return. Faults are read too, and waited for nowhere: the end of
+ * the registration wakes their threads. */
+static void *listen_to_events(void *argument) {
+    const struct restore *restore = argument;
+    struct pollfd ready[2] = {{.fd = restore->uffd, .events = POLLIN}, {.fd = restore->stop[0], .events = POLLIN}};
+    uint64_t message[4]; /* struct uffd_msg: 32 bytes */
+    while (!ready[1].revents)
+        if (poll(ready, 2, -1) > 0 && ready[0].revents && read(restore->uffd, message, sizeof message) < 0 &&
+            errno == EBADF)
+            break;
+    return NULL;
+}
+
+/* A descriptor of its own keeps the listener apart from a kit that is closed meanwhile. */
+static void start_listener(struct restore *restore) {
+    pthread_attr_t attributes;
+    pf_w_lock();
+    restore->kit = pf_kit.number;
+    restore->uffd = pf_kit.ready ? dup(pf_kit.hold) : -1;
+    pf_w_unlock();
+    if (restore->uffd < 0)
+        return;
+    if (pipe(restore->stop)) {
+        close(restore->uffd);
+        return;
+    }
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, 256 * 1024);
+    restore->listening = !pthread_create(&restore->listener, &attributes, listen_to_events, restore);
+    pthread_attr_destroy(&attributes);
+    if (!restore->listening) {
+        close(restore->uffd);
+        close(restore->stop[0]);
+        close(restore->stop[1]);
+    }
+}
+
+static void stop_listener(struct restore *restore) {
+    if (!restore->listening)
+        return;
+    while (write(restore->stop[1], "", 1) < 0 && errno == EINTR)
+        ;
+    pthread_join(restore->listener, NULL);
+    close(restore->uffd);
+    close(restore->stop[0]);
+    close(restore->stop[1]);
+}
+
+/* Memory for `pages` without any page in it, also after mlockall. */
+static uint8_t *map_empty(uint64_t pages, int flags) {
+    const size_t bytes = pages * PF_PAGE;
+    uint8_t *memory = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
+    if (memory == MAP_FAILED)
+        return NULL;
+    if (!munlock(memory, bytes) && !mprotect(memory, bytes, PROT_READ | PROT_WRITE))
+        return memory;
+    munmap(memory, bytes);
+    return NULL;
+}
+
+static bool is_empty(uint64_t start, uint64_t pages) {
+    uint64_t entries[SMALL_PAGES];
+    for (uint64_t done = 0; done < pages; done += SMALL_PAGES) {
+        uint32_t part = pages - done < SMALL_PAGES ? (uint32_t)(pages - done) : SMALL_PAGES;
+        if (pf_pagemap_read(pf_kit.pagemap, start + done * PF_PAGE, part, entries))
+            return false;
+        for (uint32_t i = 0; i < part; i++)
+            if (entries[i] & (PF_PM_PRESENT | PF_PM_SWAP))
+                return false;
+    }
+    return true;
+}
+
+/* Map what takes the place of the batch's runs, with the marks that the region's memory had. */
+static bool map_fresh(struct restore *restore) {
+    const uint32_t vma = restore->region->vma;
+    const uint64_t bytes = (uint64_t)restore->pages * PF_PAGE;
+    uint8_t *memory = map_empty(restore->pages, vma & PF_VMA_NORESERVE ? MAP_NORESERVE : 0);
+    if (!memory)
+        return false;
+    restore->fresh = (uint64_t)(uintptr_t)memory;
+    restore->fresh_pages = restore->pages;
+    if (vma & PF_VMA_HUGEPAGE)
+        madvise(memory, bytes, MADV_HUGEPAGE);
+    if (vma & PF_VMA_NOHUGEPAGE)
+        madvise(memory, bytes, MADV_NOHUGEPAGE);
+    if (vma & PF_VMA_MERGEABLE)
+        madvise(memory, bytes, MADV_MERGEABLE);
+    if (!restore->empty)
+        return true;
+    if (!pf_uffd_register(pf_kit.hold, restore->fresh, bytes, PF_UFFD_MISSING | PF_UFFD_WP) && is_empty(restore->fresh, restore->pages))
+        return true;
+    munmap(memory, bytes);
+    pf_uffd_wake(pf_kit.hold, restore->fresh, bytes);
+    restore->fresh_pages = 0;
+    return false;
+}
+
+static void unmap_fresh(struct restore *restore) {
+    const uint64_t bytes = restore->fresh_pages * PF_PAGE;
+    if (!bytes)
+        return;
+    munmap(address(restore->fresh), bytes);
+    if (restore->empty) /* mlockall may wait there */
+        pf_uffd_wake(pf_kit.hold, restore->fresh, bytes);
+    restore->fresh_pages = 0;
+}
+
+/* Private in place is the best that can be done for these. */
+static void keep(struct restore *restore, uint64_t start, uint32_t pages) {
+    madvise(address(start), (size_t)pages * PF_PAGE, PF_MADV_POPULATE_WRITE);
+    restore->kept += pages;
+}
+
+/* Let go of a run that stays a file mapping. */
+static void let_go(struct restore *restore, uint64_t start, uint32_t pages, bool pinned) {
+    if (restore->held) {
+        pf_uffd_unregister(pf_kit.hold, start, (uint64_t)pages * PF_PAGE);
+        pf_uffd_wake(pf_kit.hold, start, (uint64_t)pages * PF_PAGE);
+    }
+    keep(restore, start, pages);
+    restore->failed += pinned ? 0 : pages;
+}
+
+/* mremap unmapped the run and then failed: fill the place before anybody else takes it. */
+static bool rescue(uint64_t start, uint32_t pages, const uint8_t *copies) {
+    unsigned char there[LARGE_PAGES];
+    if (!mincore(address(start), (size_t)pages * PF_PAGE, there) || errno != ENOMEM)
+        return false; /* it is still mapped: nothing happened */
+    void *got = mmap(address(start), (size_t)pages * PF_PAGE, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+    if (got == address(start))
+        memcpy(got, copies, (size_t)pages * PF_PAGE);
+    return got == address(start);
+}
+
+/* Fill the run, which is missing and waits, from staging. */
+static void fill(uint64_t start, uint32_t pages, uint8_t *staging) {
+    for (uint32_t done = 0, part; done < pages; done += part) {
+        part = pages - done < PF_WINDOW_PAGES ? pages - done : PF_WINDOW_PAGES;
+        pf_kit_put_back(pf_kit.hold, start + (uint64_t)done * PF_PAGE,
+                        (uint64_t)(uintptr_t)(staging + (size_t)done * PF_PAGE), part);
+    }
+}
+
+/* Give the private page before the run, or after it, the run's registration modes: see 7. 0: there is none. The page is
+ * touched by nobody while it is missing, or waits a moment. */
+static uint64_t lend(const struct restore *restore, uint64_t start, uint32_t pages) {
+    const struct pf_region *region = restore->region;
+    const uint64_t end = start + (uint64_t)pages * PF_PAGE;
+    uint64_t page = 0;
+    if (start > region->start && !*where_of(restore, start - PF_PAGE))
+        page = start - PF_PAGE;
+    else if (end < region->start + region->pages * PF_PAGE && !*where_of(restore, end))
+        page = end;
+    if (page && pf_uffd_register(pf_kit.track, page, PF_PAGE, PF_UFFD_MISSING | PF_UFFD_WP))
+        page = 0;
+    return page;
+}
+
+/* Replace one run whose bytes stand still. */
+static void give_back(struct restore *restore, uint64_t start, uint32_t pages) {
+    const size_t bytes = (size_t)pages * PF_PAGE;
+    uint8_t *copies = restore->empty ? restore->staging : address(restore->fresh);
+    if (pages > restore->fresh_pages || madvise(copies, bytes, PF_MADV_POPULATE_WRITE)) {
+        let_go(restore, start, pages, false);
+        return;
+    }
+    memcpy(copies, address(start), bytes);
+    PF_FAULT(PF_FAULT_RESTORE, 5);
+    void *got = mremap(address(restore->fresh), bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, address(start));
+    if (got == MAP_FAILED && !rescue(start, pages, copies)) {
+        if (restore->empty)
+            madvise(copies, bytes, MADV_DONTNEED);
+        let_go(restore, start, pages, false);
+        return;
+    }
+    PF_FAULT(PF_FAULT_RESTORE, 6);
+    if (got != MAP_FAILED) {
+        restore->fresh += bytes;
+        restore->fresh_pages -= pages;
+        if (restore->empty) {
+            const uint64_t lent = lend(restore, start, pages);
+            fill(start, pages, restore->staging);
+            if (lent)
+                pf_kit_release(pf_kit.track, lent, 1, restore->region->tracked);
+        }
+    }
+    PF_FAULT(PF_FAULT_RESTORE, 7);
+    memset(where_of(restore, start), 0, pages * sizeof(uint64_t));
+    if (restore->held) {
+        pf_kit_release(pf_kit.hold, start, pages, restore->region->tracked);
+        PF_FAULT(PF_FAULT_RESTORE, 8);
+        pf_uffd_wake(pf_kit.hold, start, bytes);
+    }
+    pf_counts_all.restored += pages;
+    restore->done += pages;
+}
+
+/* Take the next merged pages from `from` on, up to `end`; returns where to go on. */
+static uint64_t gather(struct restore *restore, uint64_t from, uint64_t end, uint32_t most, uint32_t stretches) {
+    restore->count = restore->pages = 0;
+    while (from < end && restore->pages < most && restore->count < stretches) {
+        if (!*where_of(restore, from)) {
+            from += PF_PAGE;
+            continue;
+        }
+        struct stretch *stretch = &restore->stretches[restore->count++];
+        *stretch = (struct stretch){.start = from};
+        for (; from < end && restore->pages < most && *where_of(restore, from); from += PF_PAGE) {
+            stretch->pages++;
+            restore->pages++;
+        }
+    }
+    return from;
+}
+
+/* Whether a page of the batch is private; true also if the kernel does not say. */
+static bool any_private(const struct restore *restore) {
+    uint64_t entries[SMALL_PAGES];
+    for (uint32_t i = 0; i < restore->count; i++) {
+        const struct stretch *stretch = &restore->stretches[i];
+        for (uint32_t done = 0, part; done < stretch->pages; done += part) {
+            part = stretch->pages - done < SMALL_PAGES ? stretch->pages - done : SMALL_PAGES;
+            if (pf_pagemap_read(pf_kit.pagemap, stretch->start + (uint64_t)done * PF_PAGE, part, entries))
+                return true;
+            for (uint32_t page = 0; page < part; page++)
+                if (is_private(entries[page]))
+                    return true;
+        }
+    }
+    return false;
+}
+
+static void hold_all(struct restore *restore) {
+    for (uint32_t i = 0; i < restore->count; i++) {
+        struct stretch *stretch = &restore->stretches[i];
+        const uint64_t bytes = (uint64_t)stretch->pages * PF_PAGE;
+        stretch->held = !restore->held || (!pf_uffd_register(pf_kit.hold, stretch->start, bytes, PF_UFFD_WP) &&
+                                           !pf_uffd_protect(pf_kit.hold, stretch->start, bytes, true));
+    }
+}
+
+/* Mark the pages that may be pinned: the private ones that are still mapped once while the twin lives. */
+static void mark_pinned(const struct stretch *stretch, bool cloned, uint8_t *pinned) {
+    uint64_t entries[SMALL_PAGES];
+    for (uint32_t done = 0, part; done < stretch->pages; done += part) {
+        part = stretch->pages - done < SMALL_PAGES ? stretch->pages - done : SMALL_PAGES;
+        if (pf_pagemap_read(pf_kit.pagemap, stretch->start + (uint64_t)done * PF_PAGE, part, entries)) {
+            memset(pinned + done, 1, part);
+            continue;
+        }
+        for (uint32_t i = 0; i < part; i++)
+            pinned[done + i] = is_private(entries[i]) && (!cloned || entries[i] & PF_PM_EXCLUSIVE);
+    }
+}
+
+/* One batch, under W from the first hold to the last wake. */
+static void do_batch(struct restore *restore) {
+    uint8_t pinned[LARGE_PAGES];
+    struct pf_twin twin;
+    bool cloned = false;
+    PF_FAULT(PF_FAULT_RESTORE, 1);
+    hold_all(restore);
+    PF_FAULT(PF_FAULT_RESTORE, 2);
+    memset(pinned, 0, sizeof pinned);
+    if (any_private(restore)) {
+        cloned = !pf_twin_start(&twin);
+        PF_FAULT(PF_FAULT_RESTORE, 3);
+        for (uint32_t i = 0, done = 0; i < restore->count; done += restore->stretches[i++].pages)
+            mark_pinned(&restore->stretches[i], cloned, pinned + done);
+        if (cloned)
+            pf_twin_end(&twin);
+    }
+    PF_FAULT(PF_FAULT_RESTORE, 4);
+    map_fresh(restore);
+    for (uint32_t i = 0, done = 0; i < restore->count; done += restore->stretches[i++].pages) {
+        const struct stretch *stretch = &restore->stretches[i];
+        for (uint32_t page = 0, end; page < stretch->pages; page = end) {
+            const uint8_t kind = pinned[done + page];
+            for (end = page + 1; end < stretch->pages && pinned[done + end] == kind;)
+                end++;
+            const uint64_t start = stretch->start + (uint64_t)page * PF_PAGE;
+            if (kind || !stretch->held)
+                let_go(restore, start, end - page, kind);
+            else
+                give_back(restore, start, end - page);
+        }
+    }
+    unmap_fresh(restore);
+    PF_FAULT(PF_FAULT_RESTORE, 9);
+}
+
+/* Restore the merged pages of [from, end) of the region at `from`, batch by batch; other users of W get turns. */
+static void restore_all(struct restore *restore, uint64_t from, uint64_t end, bool plain) {
+    while (from < end) {
+        pf_w_lock_window();
+        restore->region = pf_region_find_at(from);
+        restore->held = pf_kit.ready;
+        restore->empty = restore->held && restore->listening && restore->kit == pf_kit.number;
+        if (!restore->region) {
+            pf_w_unlock();
+            return;
+        }
+        uint64_t last = restore->region->start + restore->region->pages * PF_PAGE;
+        last = last < end ? last : end;
+        uint64_t next = gather(restore, from, last, LARGE_PAGES, STRETCHES);
+        if (!any_private(restore))
+            next = gather(restore, from, last, SMALL_PAGES, SMALL_STRETCHES);
+        if (restore->held || plain)
+            do_batch(restore);
+        else
+            for (uint32_t i = 0; i < restore->count; i++)
+                keep(restore, restore->stretches[i].start, restore->stretches[i].pages);
+        from = next;
+        pf_w_unlock();
+    }
+}
+
+int64_t pf_restore(uint64_t start, uint64_t pages, int plain) {
+    struct restore restore = {0};
+    if (start % PF_PAGE || pages > UINT64_MAX / PF_PAGE || start + pages * PF_PAGE < start)
+        return -EINVAL;
+    restore.staging = map_empty(LARGE_PAGES, MAP_NORESERVE);
+    if (restore.staging) {
+        madvise(restore.staging, LARGE_PAGES * (size_t)PF_PAGE, MADV_DONTFORK);
+        madvise(restore.staging, LARGE_PAGES * (size_t)PF_PAGE, MADV_NOHUGEPAGE);
+        start_listener(&restore);
+    }
+    restore_all(&restore, start, start + pages * PF_PAGE, plain);
+    if (restore.failed && restore.done) { /* at the limit on mappings: what was given back made room */
+        restore.kept = restore.failed = 0;
+        restore_all(&restore, start, start + pages * PF_PAGE, plain);
+    }
+    stop_listener(&restore);
+    if (restore.staging)
+        munmap(restore.staging, LARGE_PAGES * (size_t)PF_PAGE);
+    return (int64_t)restore.kept;
+}
