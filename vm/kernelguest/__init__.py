@@ -5,9 +5,9 @@
         answer = guest.stdout.readline()
     assert guest.exit_code == 0 and not guest.complaints()
 
-The program needs the standard library and modules beside it alone; it is process 1's child, root, and alone in its kernel. What the kernel
-says goes to `log()`, never between the answers. Imports go one way: guest, then initramfs, machine and kernels, then vmlinux and cpio, then
-cache, complaints and errors. init.py is run in the guest and imported by nobody.
+The program finds the standard library, modules beside it, and the packages that `Guest` is given; it is process 1's child, root, and alone
+in its kernel. What the kernel says goes to `log()`, never between the answers. Imports go one way: guest, then initramfs, machine and
+kernels, then vmlinux, cpio and packages, then cache, complaints and errors. init.py is run in the guest and imported by nobody.
 """
 
 from kernelguest.errors import GuestDied, GuestError, GuestHung

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         "program",
         type=Path,
         metavar="PROGRAM",
-        help="a Python file that needs the standard library, and modules beside it, alone",
+        help="a Python file; it finds the standard library, modules beside it, and the packages given",
     )
     run.add_argument("--nodes", type=int, default=1, metavar="N", help="NUMA nodes (default: 1)")
     run.add_argument(
@@ -50,6 +50,14 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--cpus", type=int, default=1, metavar="N", help="processors, all on node 0 (default: 1)")
     run.add_argument("--mib", type=int, default=256, metavar="MIB", help="memory of each node (default: 256)")
+    run.add_argument(
+        "--package",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a folder or module that the program can import; may be repeated",
+    )
     run.add_argument(
         "--bound", type=float, default=600.0, metavar="S", help="seconds after which it is killed (default: 600)"
     )
@@ -86,6 +94,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         mib_per_node=options.mib,
         bound=options.bound,
         arguments=arguments,
+        packages=options.package,
     )
     blocks: SimpleQueue[bytes] = SimpleQueue()
     writer = threading.Thread(target=copy_output, args=(blocks,), daemon=True)

@@ -39,8 +39,9 @@ _GRACE = 30.0  # seconds from the end of input to the power-off; a guest that an
 class Guest:
     """A guest for the time of a `with` block, running one program whose standard input and output are pipes here.
 
-    `bound` is how many seconds it may live. However it ends, `stdout` is then at its end. Read what the program says while it runs: of
-    what is unread when the power goes, the first mebibyte is kept (it is in the pipe) and the rest is lost (QEMU held it).
+    `packages` are folders or modules that it can import, also in interpreters that it starts (`sys.executable`). `bound` is how many
+    seconds it may live. However it ends, `stdout` is then at its end. Read what the program says while it runs: of what is unread when
+    the power goes, the first mebibyte is kept (it is in the pipe) and the rest is lost (QEMU held it).
     """
 
     stdin: IO[bytes]
@@ -57,8 +58,10 @@ class Guest:
         mib_per_node: int = 256,
         bound: float = 600.0,
         arguments: Sequence[str] = (),
+        packages: Sequence[Path] = (),
     ) -> None:
         self.program = program
+        self.packages = packages
         self.kernel = kernel
         self.shape = machine.Shape(nodes, hotplug, cpus, mib_per_node)
         self.bound = bound
@@ -77,7 +80,7 @@ class Guest:
             raise GuestError(reason or "no kernel")
         try:
             kernel = vmlinux.startable(image, cache.folder())
-            archive = initramfs.build(self.program, cache.folder())
+            archive = initramfs.build(self.program, cache.folder(), self.packages)
             self._folder = Path(tempfile.mkdtemp(prefix="kernelguest-"))
         except OSError as error:
             raise GuestError(f"the guest's files cannot be made: {error}") from error

@@ -11,7 +11,7 @@ a status has died.
 """
 
 # pathlib takes longer to import here than all of this to run, and the program's streams outlive any block:
-# ruff: noqa: PTH103, PTH112, PTH123, PTH208, SIM115
+# ruff: noqa: PTH103, PTH112, PTH120, PTH123, PTH208, SIM115
 
 import ctypes
 import marshal
@@ -78,6 +78,9 @@ def become_program(ports: dict[str, int]) -> None:
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     words = bytes.fromhex("".join(sys.argv[1:])).split(b"\0")
     sys.argv = ["/program.py", *map(os.fsdecode, words[:-1])]
+    sys.path.append(
+        f"{os.path.dirname(os.__file__)}/site-packages"
+    )  # we were started without `site`; there if packages are
     with open("/program.pyc", "rb") as file:
         code = marshal.loads(file.read()[16:])
     main = sys.modules["__main__"] = types.ModuleType("__main__")

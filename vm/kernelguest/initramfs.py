@@ -2,12 +2,14 @@
 
 Small is fast: a slow processor copies every byte twice (10 MB: 0.1 s). So only modules that init and the program can reach, as byte code
 (to compile in the guest takes longer than its boot), and shared objects cut after the last byte that is loaded, which drops debug
-information. Archives are kept in the cache under a hash of all they are made from.
+information. A program that names packages gets those and the standard library whole. Archives are kept in the cache under a hash of all
+they are made from.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import inspect
@@ -19,39 +21,47 @@ import struct
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from kernelguest import cpio
+from kernelguest import cpio, packages
 from kernelguest.cache import stored
 from kernelguest.errors import GuestError
 
 _INIT = Path(__file__).with_name("init.py")
 _KEPT = 16  # archives in the cache; an old one is one build away
+_KEPT_LARGE = 2  # of those with packages: 80 MB with NumPy alone
 _VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
 PYTHON = f"usr/bin/{_VERSION}"
 INIT = "init.pyc"
 PROGRAM = "program.pyc"
 _STDLIB = f"usr/{sys.platlibdir}/{_VERSION}"
+_SITE = f"{_STDLIB}/site-packages"
 _START = ("encodings", "encodings.aliases", "encodings.ascii", "encodings.latin_1", "encodings.utf_8", "os")
 # 5 MB of OpenSSL for what hashlib does without it; a program that wants it imports it.
 _HEAVY = ("_hashlib",)
 
 
-def build(program: Path, cache: Path) -> Path:
-    """Return an archive in which `program` runs, from the cache if it is there. GuestError if the program does not compile."""
+def build(program: Path, cache: Path, also: Sequence[Path] = ()) -> Path:
+    """Return an archive in which `program` runs and can import the packages `also`, from the cache if it is there.
+
+    GuestError if the program does not compile or a package is not there.
+    """
     program = program.resolve()
-    return stored(cache, "initramfs", _key(program), _KEPT, lambda: cpio.archive(cpio.with_parents(_entries(program))))
+    packages.check(also)
+    key = _key(program, also)
+    kind, kept = ("packages", _KEPT_LARGE) if also else ("initramfs", _KEPT)
+    return stored(cache, kind, key, kept, lambda: cpio.archive(cpio.with_parents(_entries(program, also))))
 
 
-def _key(program: Path) -> str:
-    """Hash what an archive is made from; the interpreter by its files' sizes and times, since to read them all takes too long."""
+def _key(program: Path, also: Sequence[Path]) -> str:
+    """Hash what an archive is made from; the interpreter and packages by their files' sizes and times: to read them takes too long."""
     digest = hashlib.sha256(sys.version.encode())
-    for path in (Path(__file__), _INIT, Path(cpio.__file__)):
+    for path in (Path(__file__), _INIT, Path(cpio.__file__), Path(packages.__file__)):
         digest.update(path.read_bytes())
-    for path in (_interpreter(), Path(os.__file__), _extensions()):
+    for path in (_interpreter(), Path(os.__file__), _extensions(), *packages.files(also).values()):
         status = path.stat()
         digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
     for path in _own_modules(program):
@@ -80,15 +90,18 @@ def _extensions() -> Path:
     return Path(sysconfig.get_path("platstdlib", vars={"platbase": sys.base_exec_prefix})) / "lib-dynload"
 
 
-def _entries(program: Path) -> Iterable[cpio.Entry]:
+def _entries(program: Path, also: Sequence[Path]) -> Iterable[cpio.Entry]:
     scripts = {PROGRAM: _compile(program, "/program.py"), INIT: _compile(_INIT, "/init.py")}
     modules = _modules(program)
     extensions = [path for path in modules.values() if isinstance(path, Path)]
+    installed = _installed(also)
     yield from (cpio.directory(name) for name in ("dev", "proc", "sys", "tmp"))
     yield cpio.Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     yield cpio.symlink("lib64", "lib")
     yield cpio.regular(PYTHON, loaded_part(_interpreter().read_bytes()), executable=True)
-    for name, library in shared_libraries([_interpreter(), *extensions]).items():
+    linked = [path for path in installed.values() if ".so" in path.suffixes]
+    libraries = shared_libraries(linked, optional=True) if linked else {}
+    for name, library in (libraries | shared_libraries([_interpreter(), *extensions])).items():
         yield cpio.regular(f"lib/{name}", loaded_part(library.read_bytes()), executable=True)
     yield cpio.directory(f"{_STDLIB}/lib-dynload")
     for name, module in modules.items():
@@ -96,9 +109,29 @@ def _entries(program: Path) -> Iterable[cpio.Entry]:
             yield cpio.regular(f"{_STDLIB}/lib-dynload/{module.name}", loaded_part(module.read_bytes()))
         else:
             yield cpio.regular(f"{_STDLIB}/{name}", _pyc(module))
+    for name, file in installed.items():
+        yield _placed(name, file)
     for path, code in scripts.items():
         yield cpio.regular(path, _pyc(code))
     yield cpio.regular("program.py", program.read_bytes())  # for the lines in a traceback
+
+
+def _installed(also: Sequence[Path]) -> dict[str, Path]:
+    """Return by its path in the guest each file that comes with packages: theirs, and the whole standard library's."""
+    if not also:
+        return {}
+    extensions = {f"{_STDLIB}/lib-dynload/{path.name}": path for path in packages.extensions(_extensions())}
+    library = {f"{_STDLIB}/{name}": path for name, path in packages.library().items()}
+    return extensions | library | {f"{_SITE}/{name}": path for name, path in packages.files(also).items()}
+
+
+def _placed(name: str, path: Path) -> cpio.Entry:
+    """Return the entry for a file of a package: byte code of a module, what is loaded of a shared object, all of anything else."""
+    data = path.read_bytes()
+    if path.suffix == ".py":
+        with contextlib.suppress(SyntaxError, ValueError):  # a template, or for another Python: no module to us
+            return cpio.regular(f"{name}c", _pyc(compile(data, f"/{name}", "exec", dont_inherit=True)))
+    return cpio.regular(name, loaded_part(data), executable=os.access(path, os.X_OK))
 
 
 def _compile(path: Path, name: str) -> CodeType:
@@ -177,8 +210,11 @@ def _imported(path: Path) -> set[str]:
     return found
 
 
-def shared_libraries(files: Iterable[Path]) -> dict[str, Path]:
-    """Return all that these load, by the name under which it is looked up, with the loader itself."""
+def shared_libraries(files: Iterable[Path], optional: bool = False) -> dict[str, Path]:
+    """Return all that these load, by the name under which it is looked up, with the loader itself.
+
+    GuestError if one is not found, unless that is optional: packages bring modules for libraries that few have.
+    """
     listing = subprocess.run(["ldd", *map(str, files)], capture_output=True, text=True, check=False).stdout
     found: dict[str, Path] = {}
     for line in listing.splitlines():
@@ -187,7 +223,7 @@ def shared_libraries(files: Iterable[Path]) -> dict[str, Path]:
             found[words[0]] = Path(words[2])
         elif words and words[0].startswith("/") and not words[0].endswith(":"):
             found[Path(words[0]).name] = Path(words[0])
-        elif words[1:] == ["=>", "not", "found"]:
+        elif words[1:] == ["=>", "not", "found"] and not optional:
             raise GuestError(f"{words[0]} is needed by this Python and not found; repair the Python installation")
     return found
 

@@ -10,14 +10,24 @@ from pagefold import __version__
 from pagefold.cli.conform import conform
 from pagefold.cli.explain_design import explain_design
 from pagefold.cli.plan import plan
+from pagefold.cli.run import run
+from pagefold.cli.serve import serve
+from pagefold.cli.set_knob import set_knob
+from pagefold.cli.stat import stat
+from pagefold.cli.stop import stop
 
 app = typer.Typer(
-    help="Same-page merging for Linux: predict what it would save, and see that it is safe.",
+    help="Same-page merging for Linux: let processes hold equal memory once, predict what that saves, and see that it is safe.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command(context_settings={"allow_interspersed_args": False})(run)  # the command's options are its own
+app.command()(serve)
+app.command()(stat)
+app.command("set")(set_knob)
+app.command()(stop)
 app.command()(plan)
 app.command()(conform)
 app.command("explain-design")(explain_design)

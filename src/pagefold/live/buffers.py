@@ -8,8 +8,7 @@ What keeps memory in place while its pages are swapped, by kind (each is tested)
    there is one, with and without `refcheck`. Views lead to the array whose memory they show, through any number of `base`.
 2. Whatever exports a buffer (bytes, bytearray, mmap, array.array, memoryview, Arrow ...): the export. By its rules (PEP 3118) the memory
    stays until it is released, and the owner refuses to resize or to close.
-3. A torch tensor: an export of its storage through NumPy, which forbids torch to resize it. Only moving it to shared memory is not
-   forbidden by anything: it is announced to `moving` (see `guard_torch`).
+3. A torch tensor: an export of its storage (`tensors.py`).
 4. What keeps that promise to nobody is refused, and says so: ctypes objects that own their memory (`ctypes.resize` moves it under every
    export), resizable Arrow buffers, and memory that has no owner at all (made from a bare address).
 
@@ -20,15 +19,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NamedTuple
 
 from pagefold.errors import UsageError
+from pagefold.live import tensors
 
 PAGE = 4096
 SMALL = "too small: no whole page inside"
 EDGE = "at an edge: the page holds other data too"
-_MOST_CHUNKS = 1 << 16  # of one strided view; beyond, the gaps count as part of it
+_MOST_RUNS = 1 << 16  # of one strided view; beyond, its gaps count as part of it
+_OF_CTYPES = "memory of ctypes: ctypes.resize may move it, or it has no owner; use from_buffer of a bytearray"
 
 Extent = tuple[int, int]  # address, bytes
 
@@ -37,8 +38,10 @@ class Owner(NamedTuple):
     """Say what keeps a piece of memory where it is."""
 
     keep: object  # as long as this is referenced the memory stays
-    array: Any = None  # the NumPy array that owns the memory, if one does: a weak reference to it is told before it goes
-    dies: bool = False  # nobody can read that array's memory any more once the weak reference is told
+    array: Any = (
+        None  # the NumPy array that owns the memory, if one does: a weak reference to it is told before it goes
+    )
+    dies: bool = False  # nobody can read the memory any more once that weak reference is told
 
 
 class Piece(NamedTuple):
@@ -49,247 +52,258 @@ class Piece(NamedTuple):
     owner: Owner
 
 
-@dataclass(slots=True)
 class Found:
-    """The pages of objects: ascending pieces that do not overlap, all owners, and what is no whole page."""
+    """The pages of objects: ascending pieces that do not overlap, and what is no whole page."""
 
-    pieces: list[Piece] = field(default_factory=list)
-    why_not: dict[str, int] = field(default_factory=dict)  # reason: pages touched; 0 for what has no memory of its own
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self.why_not: dict[str, int] = {}  # reason: pages touched; 0 for what has no memory of its own
 
     def refuse(self, reason: str, pages: int = 0) -> None:
         """Count pages that cannot be merged."""
         self.why_not[reason] = self.why_not.get(reason, 0) + pages
 
 
-def find(thing: Any, moving: Callable[[int, int], None] | None = None) -> Found:
-    """Return the pages of an object, or of everything in a dict, list or tuple. UsageError if it is nothing with memory of its own.
+def find(thing: Any, moving: Callable[[int, int], None]) -> Found:
+    """Return the pages of an object, or of everything in a dict, list or tuple. UsageError if it has no memory of its own.
 
-    `moving(address, bytes)` is called before the memory of a torch tensor moves elsewhere, in whatever thread moves it.
+    From now on `moving(address, bytes)` is called before torch moves a tensor's memory elsewhere, by whatever thread does that.
     """
-    found = Found()
-    walk = _Walk(found)
-    walk.visit(thing)
-    if not walk.extents and not found.why_not:
-        walk.refuse_unknown(thing)
-    if not walk.extents and not isinstance(thing, dict | list | tuple) and set(found.why_not) == {_no_buffer(thing)}:
+    walk = _Walk(moving)
+    if not walk.visit(thing):
         raise UsageError(
             f"a {type(thing).__name__} has no memory that could be merged; give an array, a DataFrame, a tensor, a buffer, "
             "or a dict, list or tuple of those"
         )
-    _cut(found, walk.extents)
-    if moving and walk.torch:
-        guard_torch(walk.torch, moving)
-    return found
-
-
-def _cut(found: Found, extents: dict[Extent, Owner]) -> None:
-    """Turn extents of bytes into pieces of whole pages."""
-    at = 0
-    for (address, size), owner in sorted(extents.items(), key=lambda item: item[0]):
-        start, end = -(-address // PAGE) * PAGE, (address + size) // PAGE * PAGE
-        touched = (-(-(address + size) // PAGE) * PAGE - address // PAGE * PAGE) // PAGE
-        if end <= start:
-            found.refuse(SMALL, touched)
-            continue
-        if edges := touched - (end - start) // PAGE:
-            found.refuse(EDGE, edges)
-        if at < end:
-            found.pieces.append(Piece(max(start, at), end, owner))
-            at = end
-
-
-def _no_buffer(thing: Any) -> str:
-    return f"no memory of its own ({type(thing).__name__})"
+    return walk.cut()
 
 
 class _Walk:
     """Collect the extents of an object and of what is in it."""
 
-    def __init__(self, found: Found) -> None:
-        self.found = found
+    def __init__(self, moving: Callable[[int, int], None]) -> None:
+        self.found = Found()
         self.extents: dict[Extent, Owner] = {}
-        self.torch: Any = None
-        self._seen: dict[int, object] = {}  # kept, so that no number comes twice
-        self._np = _loaded("numpy", "ndarray")
-        self._kinds: list[tuple[Any, Callable[[Any], None]]] = [
-            ((dict,), lambda thing: self._each(thing.values())),
-            ((list, tuple), self._each),
-            (self._np and self._np.ndarray, self._ndarray),
-            *self._of_pandas(),
-            *self._of_arrow(),
-            *self._of_torch(),
-            *self._of_multiprocessing(),
+        self.moving = moving
+        self.seen: dict[int, object] = {}  # kept, so that no id comes twice
+        self.todo: list[Any] = []  # a stack of our own: nesting may be deeper than Python's
+        self.numpy = _loaded("numpy", "ndarray")
+        self.torch = _loaded("torch", "Tensor", "UntypedStorage", "uint8", "empty")
+        self.kinds: list[tuple[Any, Callable[[Any], None]]] = [
+            (dict, lambda one: self.each(one.values())),
+            ((list, tuple), self.each),
+            *self.of_numpy(),
+            *self.of_pandas(),
+            *self.of_arrow(),
+            *self.of_torch(),
+            *self.of_multiprocessing(),
         ]
 
-    def visit(self, thing: Any) -> None:
-        todo = [thing]  # a stack of our own: nesting may be deeper than Python's
-        self._todo = todo
-        while todo:
-            thing = todo.pop()
-            if id(thing) in self._seen:
+    def visit(self, thing: Any) -> bool:
+        """Walk an object; False if the object itself is of no kind that has memory."""
+        self.todo.append(thing)
+        first = True
+        while self.todo:
+            one = self.todo.pop()
+            if id(one) in self.seen:
                 continue
-            self._seen[id(thing)] = thing
-            for kind, look in self._kinds:
-                if kind and isinstance(thing, kind):
-                    look(thing)
-                    break
-            else:
-                self._buffer(thing)
+            self.seen[id(one)] = one
+            look = next((look for kind, look in self.kinds if isinstance(one, kind)), None)
+            if look:
+                look(one)
+            elif not self.buffer(one):
+                self.found.refuse(f"no memory of its own ({type(one).__name__})")
+                if first:
+                    return False
+            first = False
+        return True
 
-    def _each(self, things: Iterable[Any]) -> None:
-        self._todo += [thing for thing in things if thing is not None]
+    def cut(self) -> Found:
+        """Turn the extents of bytes into pieces of whole pages."""
+        at = 0
+        for (address, size), owner in sorted(self.extents.items(), key=lambda item: item[0]):
+            start, end = -(-address // PAGE) * PAGE, (address + size) // PAGE * PAGE
+            touched = _touched([(address, size)])
+            if end <= start:
+                self.found.refuse(SMALL, touched)
+                continue
+            if edges := touched - (end - start) // PAGE:
+                self.found.refuse(EDGE, edges)
+            if at < end:
+                self.found.pieces.append(Piece(max(start, at), end, owner))
+                at = end
+        return self.found
 
-    def refuse_unknown(self, thing: Any) -> None:
-        self.found.refuse(_no_buffer(thing))
+    def each(self, things: Iterable[Any]) -> None:
+        """Look at these too."""
+        self.todo += [thing for thing in things if thing is not None]
 
-    def add(self, address: int, size: int, owner: Owner) -> None:
-        if size > 0:
-            self.extents.setdefault((address, size), owner)
+    def add(self, extents: list[Extent], owner: Owner) -> None:
+        """Count memory in, if it stays in place."""
+        if reason := self.unsafe(owner.keep):
+            self.found.refuse(reason, _touched(extents))
+        elif not any(size for _, size in extents):
+            self.found.refuse(SMALL)
+        else:
+            for extent in extents:
+                self.extents.setdefault(extent, owner)
 
-    # --- plain buffers ------------------------------------------------------------------------------------------------------
+    # --- plain buffers and NumPy ----------------------------------------------------------------------------------------------
 
-    def _buffer(self, thing: Any) -> None:
+    def buffer(self, thing: Any) -> bool:
+        """Count a plain buffer in; False if the object is none."""
         try:
             view = memoryview(thing)
         except (TypeError, BufferError, ValueError):
-            self.refuse_unknown(thing)
-            return
-        extents = [*_extents(_address(view), view.shape or (), view.strides, view.itemsize)]
+            return False
         if view.suboffsets:
             self.found.refuse("a buffer of pointers to buffers")
-        elif reason := self._unsafe(view):
-            self.found.refuse(reason, _touched(extents))
         else:
-            array = self._array_below(view)
-            for address, size in extents:
-                self.add(address, size, self._owner_of(array) if array is not None else Owner(view))
+            array = self.array_below(view)
+            owner = Owner(view) if array is None else self.owner_of(array)
+            self.add([*runs(_address(view), view.shape or (), view.strides or (), view.itemsize)], owner)
+        return True
 
-    # --- NumPy --------------------------------------------------------------------------------------------------------------
+    def of_numpy(self) -> Iterator[tuple[Any, Callable[[Any], None]]]:
+        if self.numpy:
+            yield self.numpy.ndarray, self.ndarray
 
-    def _ndarray(self, array: Any) -> None:
+    def ndarray(self, array: Any) -> None:
+        # Not through its buffer: dates and strings have none.
         address = array.__array_interface__["data"][0]
-        strides = [int(stride) for stride in array.strides]
-        extents = [*_extents(address, array.shape, strides, array.dtype.itemsize)]
-        below = self._array_below(array)
-        if reason := self._unsafe(below):
-            self.found.refuse(reason, _touched(extents))
-            return
-        for extent in extents:
-            self.add(*extent, self._owner_of(below))
+        extents = [*runs(address, array.shape, array.strides, array.dtype.itemsize)]
+        self.add(extents, self.owner_of(self.array_below(array)))
 
-    def _owner_of(self, array: Any) -> Owner:
+    def owner_of(self, array: Any) -> Owner:
         if not array.flags.owndata or array.base is not None:
             return Owner(array)
-        # A subclass is known to the garbage collector, which tells weak references before it calls __del__ of other garbage, and
-        # that may still read the array; the objects in an array are released after; so these die later than we are told.
-        return Owner(array, array, dies=type(array) is self._np.ndarray and not array.dtype.hasobject)
+        # A subclass is known to the garbage collector, which tells weak references before it calls __del__ of the other garbage, and
+        # that may still read the array; objects in an array are released after. Of those the memory dies later than we are told.
+        return Owner(array, array, dies=type(array) is self.numpy.ndarray and not array.dtype.hasobject)
 
-    def _array_below(self, thing: Any) -> Any:
+    def array_below(self, thing: Any) -> Any:
         """Return the NumPy array that owns the memory, or the last one before what does; None if no array is involved."""
-        array = None
-        for below in _chain(thing):
-            if self._np and isinstance(below, self._np.ndarray):
-                array = below
-        return array
+        arrays = [below for below in _chain(thing) if self.numpy and isinstance(below, self.numpy.ndarray)]
+        return arrays[-1] if arrays else None
 
-    def _unsafe(self, thing: Any) -> str:
-        """Return why the memory below an array or a view could move or vanish while it is held; '' if it cannot."""
+    def unsafe(self, thing: Any) -> str:
+        """Return why memory could move or vanish while `thing` is held; '' if it cannot."""
         *_, last = _chain(thing)
-        resizable = _loaded("pyarrow", "ResizableBuffer")
-        if resizable and isinstance(last, resizable.ResizableBuffer):
+        arrow = _loaded("pyarrow", "ResizableBuffer")
+        if arrow and isinstance(last, arrow.ResizableBuffer):
             return "a resizable Arrow buffer: it may move while it is held"
-        if type(last).__module__ == "_ctypes" or hasattr(last, "_b_needsfree_"):
-            if getattr(last, "_b_needsfree_", False):
-                return "memory of ctypes, which ctypes.resize may move while it is held; use from_buffer of a bytearray"
-            return "memory of ctypes without an owner"
-        if self._np and isinstance(last, self._np.ndarray) and not last.flags.owndata and last.base is None:
+        if hasattr(last, "_b_needsfree_"):
+            return _OF_CTYPES
+        if self.numpy and isinstance(last, self.numpy.ndarray) and not last.flags.owndata:
             return "memory without an owner: nothing keeps it from being freed"
         return ""
 
-    # --- pandas -------------------------------------------------------------------------------------------------------------
+    # --- pandas ---------------------------------------------------------------------------------------------------------------
 
-    def _of_pandas(self) -> Iterator[tuple[Any, Callable[[Any], None]]]:
-        pandas = _loaded("pandas", "DataFrame", "Series", "Index", "api")
-        if not pandas:
-            return
-        yield pandas.DataFrame, self._frame
-        yield pandas.RangeIndex, lambda index: None
-        yield pandas.MultiIndex, lambda index: self._each([*index.levels, *index.codes])
-        yield (pandas.Series, pandas.Index), lambda one: self._each([one.array, getattr(one, "index", None)])
-        yield pandas.api.extensions.ExtensionArray, self._extension
+    def of_pandas(self) -> Iterator[tuple[Any, Callable[[Any], None]]]:
+        pandas = _loaded("pandas", "DataFrame", "Series", "Index", "RangeIndex", "MultiIndex", "api")
+        if pandas:
+            yield pandas.DataFrame, self.frame
+            yield pandas.RangeIndex, lambda index: None
+            yield pandas.MultiIndex, lambda index: self.each([*index.levels, *index.codes])
+            yield (pandas.Series, pandas.Index), lambda one: self.each([one.array, getattr(one, "index", None)])
+            yield pandas.api.extensions.ExtensionArray, self.extension
 
-    def _frame(self, frame: Any) -> None:
+    def frame(self, frame: Any) -> None:
         # Blocks hold many columns each; a pandas that has none gives its columns one by one.
         arrays = getattr(getattr(frame, "_mgr", None), "arrays", None)
-        self._each(arrays if arrays is not None else [frame.iloc[:, at].array for at in range(frame.shape[1])])
-        self._each([frame.index, frame.columns])
+        self.each(arrays if arrays is not None else [frame.iloc[:, at].array for at in range(frame.shape[1])])
+        self.each([frame.index, frame.columns])
 
-    def _extension(self, array: Any) -> None:
-        names = ("_ndarray", "_data", "_mask", "_pa_array", "_codes", "categories", "_left", "_right", "sp_values")
-        parts = [getattr(array, name, None) for name in names]
-        if all(part is None for part in parts):
+    def extension(self, array: Any) -> None:
+        names = ("_ndarray", "_data", "_mask", "_pa_array", "categories", "_left", "_right", "sp_values")
+        parts = [part for name in names if (part := getattr(array, name, None)) is not None]
+        if not parts:
             self.found.refuse(f"a pandas array of a kind that is not known ({type(array).__name__})")
-        self._each(parts)
+        self.each(parts)
 
-    # --- Arrow --------------------------------------------------------------------------------------------------------------
+    # --- Arrow ----------------------------------------------------------------------------------------------------------------
 
-    def _of_arrow(self) -> Iterator[tuple[Any, Callable[[Any], None]]]:
+    def of_arrow(self) -> Iterator[tuple[Any, Callable[[Any], None]]]:
         arrow = _loaded("pyarrow", "Buffer", "Array", "ChunkedArray", "RecordBatch", "Table")
-        if not arrow:
-            return
-        yield (arrow.Table, arrow.RecordBatch), lambda table: self._each(table.columns)
-        yield arrow.ChunkedArray, lambda column: self._each(column.chunks)
-        yield arrow.Array, lambda array: self._each([*array.buffers(), getattr(array, "dictionary", None)])
-        yield arrow.Buffer, self._arrow_buffer
+        if arrow:
+            yield (arrow.Table, arrow.RecordBatch), lambda table: self.each(table.columns)
+            yield arrow.ChunkedArray, lambda column: self.each(column.chunks)
+            yield arrow.Array, lambda array: self.each([*array.buffers(), getattr(array, "dictionary", None)])
+            yield arrow.Buffer, self.arrow_buffer
 
-    def _arrow_buffer(self, buffer: Any) -> None:
-        pages = _touched([(buffer.address, buffer.size)])
-        if not buffer.is_cpu:
-            self.found.refuse("memory of a device, not of this process", pages)
-        elif reason := self._unsafe(buffer):
-            self.found.refuse(reason, pages)
+    def arrow_buffer(self, buffer: Any) -> None:
+        extents = [(buffer.address, buffer.size)]
+        if buffer.is_cpu:
+            self.add(extents, Owner(buffer))
         else:
-            self.add(buffer.address, buffer.size, Owner(buffer))
+            self.found.refuse("memory of a device, not of this process", _touched(extents))
 
-    # --- torch --------------------------------------------------------------------------------------------------------------
+    # --- torch ----------------------------------------------------------------------------------------------------------------
 
-    def _of_torch(self) -> Iterator[tuple[Any, Callable[[Any], None]]]:
-        self._torch = _loaded("torch", "Tensor", "UntypedStorage", "uint8", "empty")
-        if self._torch:
-            yield self._torch.Tensor, self._tensor
-            yield self._torch.UntypedStorage, lambda storage: self._storage(storage, [(0, storage.nbytes())])
+    def of_torch(self) -> Iterator[tuple[Any, Callable[[Any], None]]]:
+        if self.torch:
+            yield self.torch.Tensor, self.tensor
+            yield self.torch.UntypedStorage, lambda one: self.storage(one, [(one.data_ptr(), one.nbytes())])
 
-    def _tensor(self, tensor: Any) -> None:
-        plain = tensor.layout == self._torch.strided and tensor.device.type == "cpu"
-        try:
-            storage = tensor.untyped_storage() if plain else None
-        except (RuntimeError, NotImplementedError):
-            storage = None
+    def tensor(self, tensor: Any) -> None:
+        storage = tensors.storage_of(self.torch, tensor)
         if storage is None:
-            self.found.refuse(f"a tensor without memory of its own here ({tensor.device.type}, {tensor.layout})")
+            self.found.refuse(f"a tensor without memory of its own in this process ({tensor.device.type})")
             return
         size = tensor.element_size()
+        address = storage.data_ptr() + tensor.storage_offset() * size
         strides = [stride * size for stride in tensor.stride()]
-        self._storage(storage, [*_extents(tensor.storage_offset() * size, tuple(tensor.shape), strides, size)])
+        self.storage(storage, [*runs(address, tuple(tensor.shape), strides, size)])
 
-    def _storage(self, storage: Any, extents: list[Extent]) -> None:
-        try:
-            # NumPy's array forbids torch to resize the storage from now on, and keeps it.
-            keep = self._torch.empty(0, dtype=self._torch.uint8).set_(storage).numpy()
-        except (RuntimeError, TypeError, NotImplementedError) as error:
-            self.found.refuse(f"a tensor that NumPy cannot show ({type(error).__name__})", _touched(extents))
-            return
-        self.torch = self._torch
-        for offset, size in extents:
-            self.add(storage.data_ptr() + offset, size, Owner(keep))
+    def storage(self, storage: Any, extents: list[Extent]) -> None:
+        keep = tensors.keep(self.torch, storage)
+        if keep is None:
+            self.found.refuse(
+                "a tensor that NumPy cannot be shown, so that nothing keeps it in place", _touched(extents)
+            )
+        else:
+            tensors.announce_moves(self.torch, self.moving)
+            self.add(extents, Owner(keep))
 
-    # --- multiprocessing ----------------------------------------------------------------------------------------------------
+    # --- multiprocessing --------------------------------------------------------------------------------------------------------
 
-    def _of_multiprocessing(self) -> Iterator[tuple[Any, Callable[[Any], None]]]:
+    def of_multiprocessing(self) -> Iterator[tuple[Any, Callable[[Any], None]]]:
         if locked := _loaded("multiprocessing.sharedctypes", "SynchronizedBase"):
-            yield locked.SynchronizedBase, lambda one: self._each([one.get_obj()])
+            yield locked.SynchronizedBase, lambda one: self.each([one.get_obj()])
         if shared := _loaded("multiprocessing.shared_memory", "SharedMemory"):
-            yield shared.SharedMemory, lambda one: self._each([one.buf])
+            yield shared.SharedMemory, lambda one: self.each([one.buf])
+
+
+def runs(address: int, shape: Iterable[int], strides: Iterable[int], itemsize: int) -> Iterator[Extent]:
+    """Yield the runs of memory of a strided array whose first item is at `address`; no strides: C order.
+
+    Gaps of less than a page belong to a run: every page there has bytes of the array.
+    """
+    lengths, steps = [*shape], [*strides]
+    if not steps:
+        steps = [itemsize * prod(lengths[axis + 1 :]) for axis in range(len(lengths))]
+    if 0 in lengths:
+        return
+    axes = [(step, length) for step, length in zip(steps, lengths, strict=True) if length > 1]
+    start = address + sum(step * (length - 1) for step, length in axes if step < 0)
+    size = itemsize
+    apart: list[tuple[int, int]] = []
+    for step, length in sorted((abs(step), length) for step, length in axes):
+        if not apart and step - size < PAGE:
+            size += step * (length - 1)
+        else:
+            apart.append((step, length))
+    if prod(length for _, length in apart) > _MOST_RUNS:
+        size, apart = size + sum(step * (length - 1) for step, length in apart), []
+    starts = [start]
+    for step, length in apart:
+        starts = [one + step * index for one in starts for index in range(length)]
+    yield from ((one, size) for one in starts)
+
+
+def _touched(extents: Iterable[Extent]) -> int:
+    return sum(-(-(at + size) // PAGE) - at // PAGE for at, size in extents if size)
 
 
 def _loaded(module: str, *names: str) -> Any:
@@ -300,62 +314,26 @@ def _loaded(module: str, *names: str) -> Any:
 
 def _chain(thing: Any) -> Iterator[Any]:
     """Yield an object and what its memory belongs to, the real owner last."""
-    seen = set()
-    while thing is not None and id(thing) not in seen:
-        seen.add(id(thing))
+    while thing is not None:
         yield thing
         if isinstance(thing, memoryview):
             thing = thing.obj
-        elif hasattr(thing, "_b_base_"):  # ctypes: part of another object, or made of a buffer
-            kept = thing._objects if isinstance(thing._objects, dict) else {}
-            thing = thing._b_base_ or next((one for one in kept.values() if isinstance(one, memoryview)), None)
+        elif hasattr(thing, "_b_needsfree_"):  # ctypes: part of another object, or made of a buffer
+            kept = thing._objects if isinstance(thing._objects, dict) and not thing._b_needsfree_ else {}
+            thing = thing._b_base_ if thing._b_base_ is not None else kept.get("ffffffff")
+        elif any(kind.__module__.partition(".")[0] == "numpy" for kind in type(thing).__mro__):
+            thing = getattr(thing, "base", None)
         else:
-            thing = getattr(thing, "base", None) if _has_base(thing) else None
-
-
-def _has_base(thing: Any) -> bool:
-    kind = type(thing)
-    return kind.__module__.partition(".")[0] == "numpy" or any(one.__module__ == "numpy" for one in kind.__mro__)
-
-
-def _touched(extents: Iterable[Extent]) -> int:
-    return sum(-(-(at + size) // PAGE) - at // PAGE for at, size in extents if size)
-
-
-def _extents(address: int, shape: Iterable[int], strides: Iterable[int] | None, itemsize: int) -> Iterator[Extent]:
-    """Yield the runs of memory of a strided array. Gaps of less than a page count as part of it: every page there has some of its bytes."""
-    lengths = [*shape]
-    if 0 in lengths:
-        return
-    steps = list(strides or ())
-    if len(steps) != len(lengths):  # no strides: C order
-        steps, size = [], itemsize
-        for length in reversed(lengths):
-            steps.insert(0, size)
-            size *= length
-    axes = sorted((abs(step), length) for step, length in zip(steps, lengths, strict=True) if length > 1 and step)
-    start = address + sum(step * (length - 1) for step, length in zip(steps, lengths, strict=True) if step < 0)
-    run, chunks = itemsize, 1
-    outer: list[tuple[int, int]] = []
-    for step, length in axes:
-        if step - run < PAGE or chunks * length > _MOST_CHUNKS:
-            run = max(step * (length - 1) + run, run)
-            # What was to be stepped over on a smaller scale now lies inside.
-            outer, chunks = [], 1
-        else:
-            outer.append((step, length))
-            chunks *= length
-            run_here = step * (length - 1) + run
-            if run_here < run:
-                return
-    offsets = [0]
-    for step, length in outer:
-        offsets = [offset + step * index for index in range(length) for offset in offsets]
-    yield from ((start + offset, run) for offset in sorted(offsets))
+            return
 
 
 def _address(view: memoryview) -> int:
-    """Return the address of a buffer, read-only or not; ctypes has the only door to it in the standard library."""
-    from pagefold.live import pointers
+    """Return the address of a buffer, of a read-only one too; ctypes has the only door to it in the standard library."""
+    import ctypes
 
-    return pointers.address(view)
+    python = ctypes.PyDLL(None)  # our own: ctypes.pythonapi is shared by all who set types on it
+    fields = (ctypes.c_void_p * 10)()  # a Py_buffer: the address is its first field
+    python.PyObject_GetBuffer(ctypes.py_object(view), fields, 0x11C)  # PyBUF_FULL_RO, which no memoryview refuses
+    address = fields[0] or 0
+    python.PyBuffer_Release(fields)
+    return int(address)

@@ -32,6 +32,9 @@ def run(command: list[str], environment: Mapping[str, str], started: Callable[[i
     in `started`: signals that are waited for here must be blocked in them.
     """
     watched = {*_PASSED_ON, signal.SIGCHLD}
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # ignored, as some callers leave it, nobody could learn how a child ended
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:
         try:

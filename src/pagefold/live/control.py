@@ -20,7 +20,7 @@ from pagefold.errors import KnobError, NotHere, NotPermitted, PagefoldError
 HEADER = struct.Struct("<IHHII")  # magic, version, type, length, zero; a test compares it with messages.header
 MAGIC, VERSION, CONTROL = 0x4C4F4650, 1, 32
 MOST_BYTES = 65536  # of a packet
-VERBS = ("stat", "set", "stop", "settled", "clients", "history")
+VERBS = ("stat", "set", "stop", "settled", "clients", "history", "validate")
 _MOST_ANSWER = 1 << 28  # bytes; more is no answer
 _PEER = struct.Struct("3i")
 
@@ -84,13 +84,13 @@ def ask(path: Path, request: dict[str, Any], timeout: float | None = 10.0) -> di
     return answer
 
 
-def serves(path: Path) -> bool:
-    """Say whether a daemon accepts connections there."""
+def served_by(path: Path) -> int:
+    """Return the PID of whoever listens there, 0 if nobody does. (Of a socket that was passed to a daemon: who made it.)"""
     try:
-        _connect(path, time.monotonic() + 1.0).close()
+        with _connect(path, time.monotonic() + 1.0) as connection:
+            return _peer(connection)[0]
     except PagefoldError:
-        return False
-    return True
+        return 0
 
 
 def _connect(path: Path, until: float | None) -> socket.socket:
@@ -98,7 +98,7 @@ def _connect(path: Path, until: float | None) -> socket.socket:
     try:
         _limit(connection, until)
         connection.connect(str(path))
-        uid = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))[1]
+        uid = _peer(connection)[1]
         if uid not in (os.geteuid(), 0) and os.geteuid() != 0:
             raise NotPermitted(
                 f"{path}: who listens there is another user (uid {uid}); remove it, or name another socket in PAGEFOLD_SOCKET"
@@ -120,6 +120,12 @@ def _connect(path: Path, until: float | None) -> socket.socket:
         connection.close()
         raise
     return connection
+
+
+def _peer(connection: socket.socket) -> tuple[int, int, int]:
+    """Return the other side's (pid, uid, gid), as they were when it listened."""
+    pid, uid, gid = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    return pid, uid, gid
 
 
 def _receive(connection: socket.socket, path: Path, until: float | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Must not know: how pages are merged.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import selectors
@@ -18,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from pagefold import settings
-from pagefold.errors import EngineStopped, KnobInvalid, PagefoldError
-from pagefold.live import control, domain, messages, report, sd_notify
+from pagefold.errors import CorruptionError, EngineStopped, PagefoldError
+from pagefold.live import control, domain, judge, messages, report, sd_notify
+from pagefold.live.knobs import MAX_CPU_PERCENT, check
 from pagefold.live.merging import Merging
 from pagefold.live.messages import BadMessage
+from pagefold.live.mirror import warm_up
 from pagefold.live.peer import Peer
 from pagefold.sources.nodes import online_nodes
 
@@ -34,11 +36,12 @@ DEFAULTS: dict[str, int | str] = {
     "use_zero_pages": 1,
     "max_cpu_percent": 50,
 }
-MAX_CPU_PERCENT = "max_cpu_percent"  # the one knob the kernel has not: 100 is one processor
-_PACKETS = 64  # most packets of one client before the next one's turn
+_PACKETS = 64  # most packets of one client before the next one's turn, and most clients let in at once
+_LONGEST_SLEEP = 3600.0  # seconds; epoll knows no more than some weeks
 _IDLE_SECONDS = (0.02, 1.0)  # rest while nothing changes: doubles from the first to the second
 _SAMPLE_SECONDS = 0.5  # between two looks at what is saved, and at what can be freed
 _MOST_PEERS = 16384
+_LONGEST_WAIT = 1e6  # seconds that anybody waits for the end of merging
 _SYNC_PASSES = 3  # one to learn a page, one to enter a tree, one to meet an equal there
 
 
@@ -52,9 +55,9 @@ class Daemon:
         self.device = device
         self.began = time.monotonic()
         wanted = {**DEFAULTS, **knobs}
-        self.max_cpu_percent = _percent(wanted.pop(MAX_CPU_PERCENT))
         for knob, value in wanted.items():  # refused before anything is made
-            settings.parse(settings.find(knob), value)
+            check(knob, value)
+        self.max_cpu_percent = check(MAX_CPU_PERCENT, wanted.pop(MAX_CPU_PERCENT))
         self.merging = Merging(max(online_nodes()) + 1, wanted)
         self.notes: dict[str, str] = {}
         self.history: list[tuple[float, int]] = []
@@ -64,6 +67,7 @@ class Daemon:
         self._syncs: list[tuple[Peer, int, Any, int]] = []  # peer, token, region, passes when it may be answered
         self._rest = _IDLE_SECONDS[0]
         self._next_work = 0.0
+        self._not_before = 0.0  # by max_cpu_percent
         self._next_sample = 0.0
         self._stopping = False
         self._listening = socket or domain.listen(domain.socket_path(name))
@@ -83,8 +87,9 @@ class Daemon:
         self._listening.setblocking(False)
         self._selector.register(self._listening, selectors.EVENT_READ, None)
         self._selector.register(waker, selectors.EVENT_READ, waker)
-        sd_notify.notify("READY=1")
         try:
+            warm_up()  # clients may connect meanwhile, they are heard when it is done
+            sd_notify.notify("READY=1")
             while not self._stopping:
                 self._turn()
         finally:
@@ -106,7 +111,7 @@ class Daemon:
 
     def _turn(self) -> None:
         """Handle what has arrived, then work if it is time."""
-        pause = max(self._next_work - time.monotonic(), 0.0)
+        pause = min(max(self._next_work - time.monotonic(), 0.0), _LONGEST_SLEEP)
         for key, events in self._selector.select(pause):
             if key.data is None:
                 self._accept()
@@ -138,6 +143,7 @@ class Daemon:
         if worked:
             self._rest = _IDLE_SECONDS[0]
             pause = max(used * 100 / self.max_cpu_percent - (now - began), 0.0)
+            self._not_before = now + pause
             if not self._syncs and not self.merging.reading:
                 pause = max(pause, int(engine.get("sleep_millisecs")) / 1000)
         else:
@@ -146,9 +152,9 @@ class Daemon:
         self._sample(now)
 
     def _hurry(self) -> None:
-        """Work at the next turn: something has changed."""
+        """Work soon: something has changed."""
         self._rest = _IDLE_SECONDS[0]
-        self._next_work = min(self._next_work, time.monotonic() + self._rest)
+        self._next_work = max(min(self._next_work, time.monotonic() + self._rest), self._not_before)
 
     def _sample(self, now: float) -> None:
         """Remember what is saved, now and then, and when it settled."""
@@ -169,26 +175,28 @@ class Daemon:
     # --- connections ----------------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        try:
-            connection, _ = self._listening.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self.notes["accept"] = f"a client could not connect: {error.strerror}"
-            time.sleep(0.01)
-            return
-        peer = Peer(connection)
-        if peer.uid not in (os.getuid(), 0) or len(self.peers) >= _MOST_PEERS:
-            peer.close()
-            return
-        self.peers[connection.fileno()] = peer
-        self._selector.register(connection, selectors.EVENT_READ, peer)
+        for _ in range(_PACKETS):
+            try:
+                connection, _ = self._listening.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self.notes["accept"] = f"a client could not connect: {error.strerror}"
+                time.sleep(0.01)
+                return
+            peer = Peer(connection)
+            if peer.uid not in (os.getuid(), 0) or len(self.peers) >= _MOST_PEERS:
+                peer.close()
+                continue
+            self.peers[connection.fileno()] = peer
+            self._selector.register(connection, selectors.EVENT_READ, peer)
 
     def _watch(self, peer: Peer) -> None:
-        """Watch a connection for what it needs."""
+        """Watch a connection for what it needs; one that only asks questions is not heard before it took the answers."""
         if peer.connection.fileno() >= 0:
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.wants_to_send else 0)
-            self._selector.modify(peer.connection, events, peer)
+            write = selectors.EVENT_WRITE if peer.wants_to_send else 0
+            read = selectors.EVENT_READ if peer.agent or not write else 0
+            self._selector.modify(peer.connection, read | write, peer)
 
     def _drop(self, peer: Peer) -> None:
         """End a connection; the client's memory is its own."""
@@ -203,6 +211,8 @@ class Daemon:
 
     def _read(self, peer: Peer) -> None:
         for _ in range(_PACKETS):
+            if peer.wants_to_send and not peer.agent:
+                return
             packet = peer.receive()
             if packet is None:
                 return
@@ -212,11 +222,16 @@ class Daemon:
                     return
                 self._handle(peer, *messages.unpack(packet))
             except (BadMessage, OSError, PagefoldError) as error:
-                self.notes[f"client {peer.pid}"] = f"client {peer.pid} was dropped: {error}"
-                if len(self.notes) > 32:
-                    del self.notes[next(iter(self.notes))]
+                self._note(peer, f"client {peer.pid} was dropped: {error}")
                 self._drop(peer)
                 return
+
+    def _note(self, peer: Peer, text: str) -> None:
+        """Keep one note for each of the last clients."""
+        self.notes.pop(f"client {peer.pid}", None)
+        self.notes[f"client {peer.pid}"] = text
+        if len(self.notes) > 32:
+            del self.notes[next(iter(self.notes))]
 
     def _handle(self, peer: Peer, kind: int, said: Any) -> None:
         """Do what a packet says."""
@@ -230,7 +245,9 @@ class Daemon:
         elif not peer.agent:
             raise BadMessage(f"client {peer.pid} did not say hello")
         elif kind == messages.ADVISE:
-            self.merging.advise(peer, said)
+            if not self.merging.advise(peer, said):
+                pages = int(said["pages"])
+                self._note(peer, f"client {peer.pid}: {pages} pages are too much to look after; they are not merged")
         elif kind == messages.UNADVISE:
             self.merging.unadvise(peer, int(said["region"]))
         elif kind == messages.OUTCOME:
@@ -256,10 +273,13 @@ class Daemon:
     def _sync(self, peer: Peer, said: np.void) -> None:
         region = peer.regions.get(int(said["region"]))
         token = int(said["token"])
+        if int(said["region"]) in peer.ignored:
+            peer.send(messages.pack(messages.SYNCED, token=token, error=-errno.ENOMEM))
+            return
         if region is None or sum(one[0] is peer for one in self._syncs) >= 64:
             raise BadMessage(f"client {peer.pid} wants region {int(said['region'])} merged, which it did not advise")
         if self.merging.mirror.engine.get("run") != 1:
-            peer.send(messages.pack(messages.SYNCED, token=token, error=-11))  # EAGAIN: run is not 1
+            peer.send(messages.pack(messages.SYNCED, token=token, error=-errno.EAGAIN))
             return
         self.merging.sync(peer, region)
         before = region.merged().sum() + (region.where < 0).sum()
@@ -269,20 +289,23 @@ class Daemon:
     def _answer_waiting(self) -> None:
         """Answer those who wait for merging or for the end of it, if that has come."""
         merging = self.merging
+        stopped = merging.mirror.engine.get("run") != 1
         for entry in list(self._syncs):
             peer, token, (region, before), passes = entry
             busy = peer.pending or merging.reading
-            if busy or (merging.passes < passes and not merging.idle):
+            if not stopped and (busy or (merging.passes < passes and not merging.idle)):
                 continue
             self._syncs.remove(entry)
-            merging.syncing.discard(region)
-            peer.send(messages.pack(messages.SYNCED, token=token, **report.region_report(region, before)))
+            if not any(other[2][0] is region for other in self._syncs):
+                merging.syncing.discard(region)
+            answer = {"error": -errno.EAGAIN} if stopped else report.region_report(region, before)
+            peer.send(messages.pack(messages.SYNCED, token=token, **answer))
         if self._waiting:
             now = time.monotonic()
             for peer, until in list(self._waiting):
-                if merging.settled or now >= until:
+                if merging.settled or now >= until or stopped:
                     self._waiting.remove((peer, until))
-                    self._say(peer, {"ok": True, "settled": merging.settled})
+                    self._say(peer, {"ok": True, "settled": merging.settled and not stopped})
                 else:
                     self._next_work = min(self._next_work, until)
 
@@ -307,8 +330,9 @@ class Daemon:
         if run != 1:
             raise EngineStopped(f"run is {run}: nothing is merged; use `pagefold set run=1`")
         seconds = request.get("timeout")
-        seconds = float(seconds) if isinstance(seconds, int | float) else 3600.0
-        self._waiting.append((peer, time.monotonic() + min(max(seconds, 0.0), 1e6)))
+        if not isinstance(seconds, int | float) or not 0 <= seconds < _LONGEST_WAIT:  # NaN is not either
+            seconds = _LONGEST_WAIT
+        self._waiting.append((peer, time.monotonic() + seconds))
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         verb = request["verb"]
@@ -320,6 +344,8 @@ class Daemon:
         if verb == "history":
             looks, cpu = self.merging.looking.looks, round(time.process_time(), 6)
             return {"history": self.history, "looks": looks, "cpu_seconds": cpu, "passes": self.merging.passes}
+        if verb == "validate":
+            return self._validate()
         if verb == "clients":
             return {"clients": report.clients(self.merging)}
         return self._stat()
@@ -348,29 +374,20 @@ class Daemon:
         if not isinstance(wanted, dict) or not wanted:
             raise control.Refused("name at least one knob, as in `pagefold set pages_to_scan=1000`", 2)
         for knob, value in wanted.items():
-            if knob == MAX_CPU_PERCENT:
-                _percent(value)
-            else:
-                settings.parse(settings.find(knob), value)
-        engine = self.merging.mirror.engine
+            check(knob, value)
         for knob, value in wanted.items():
             if knob == MAX_CPU_PERCENT:
-                self.max_cpu_percent = _percent(value)
+                self.max_cpu_percent = check(knob, value)
             else:
-                engine.set(knob, value)
+                self.merging.mirror.set(knob, value)
                 self.merging.carry_out()  # run = 2 gives pages back
         self.merging.stir()
         self._next_work = 0.0
         return {"knobs": self._knobs()}
 
-
-def _percent(value: int | str) -> int:
-    """Return max_cpu_percent from what a user gives, or raise KnobInvalid."""
-    try:
-        number = int(value)
-    except ValueError:
-        number = 0
-    if not 1 <= number <= 100 * (os.cpu_count() or 1):
-        most = 100 * (os.cpu_count() or 1)
-        raise KnobInvalid(MAX_CPU_PERCENT, f"{value!r} is out of range; use 1 to {most} (100 is one processor)")
-    return number
+    def _validate(self) -> dict[str, Any]:
+        """Let everything we own be judged, however long it takes."""
+        try:
+            return judge.validate(self.merging)
+        except CorruptionError as error:
+            raise control.Refused(str(error)) from None

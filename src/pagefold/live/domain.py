@@ -26,7 +26,9 @@ _BACKLOG = 128
 
 
 class DomainBusy(PagefoldError):  # noqa: N818
-    """Another daemon serves this socket."""
+    """Another daemon serves this socket, or is about to."""
+
+    exit_code = 75
 
 
 class Listening(socket.socket):

@@ -99,7 +99,7 @@ def _group(group: tuple[Path, bool]) -> tuple[int, str]:
     used = _number(folder / ("memory.current" if second else "memory.usage_in_bytes"))
     if limit >= _NO_LIMIT or used is None:
         return _NO_LIMIT, ""
-    if limit - used < 2 * _reserve(limit):  # near the limit, what could be reclaimed counts too; reading it costs more
+    if limit - used < limit // 8:  # near the limit, what could be reclaimed counts too; reading it costs more
         used -= _numbers(folder / "memory.stat").get("inactive_file" if second else "total_inactive_file", 0)
     what = "memory.max" if second else "memory.limit_in_bytes"
     return limit - used - _reserve(limit), f"the memory cgroup {folder} is at its limit; raise its {what}"

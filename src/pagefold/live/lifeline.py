@@ -26,6 +26,8 @@ _START = "from pagefold.cli import command; command()"
 _LOOKS = 2  # in a row without any client: others may be about to connect. A domain of one command has no others.
 _BETWEEN_LOOKS = 0.5  # seconds
 _POLL = 0.01
+_ATTEMPTS = 10  # to join or start
+_PATIENCE = 60.0  # seconds: a daemon that was just started may be compiling its engine
 _MOST_SAID = 65536
 
 
@@ -34,24 +36,24 @@ class NotStarted(PagefoldError):  # noqa: N818
 
     def __init__(self, said: str, exit_code: int) -> None:
         super().__init__(said)
-        self.exit_code = exit_code
+        self.exit_code = exit_code if exit_code > 0 else 1
 
 
 class Started:
     """A daemon of our own and our end of its pipe."""
 
     def __init__(self, name: str, path: Path, process: subprocess.Popen[bytes], pipe: int, errors: IO[bytes]) -> None:
-        self.name, self.path = name, path
-        self._process, self._pipe, self._errors = process, pipe, errors
+        self.name, self.path, self.process = name, path, process
+        self._pipe, self._errors = pipe, errors
 
     @property
     def pid(self) -> int:
         """Return its PID."""
-        return self._process.pid
+        return self.process.pid
 
     def ended(self) -> str | None:
         """Return what it said last if it has ended by itself and badly, None while all is well."""
-        code = self._process.poll()
+        code = self.process.poll()
         return None if code in (None, 0) else self.last_words() or f"exit code {code}"
 
     def last_words(self) -> str:
@@ -66,7 +68,7 @@ class Started:
             os.close(self._pipe)
             self._pipe = -1
         try:
-            self._process.wait(patience)
+            self.process.wait(patience)
         except subprocess.TimeoutExpired:
             return False
         domain.sweep(self.path)
@@ -98,10 +100,12 @@ def start(name: str, knobs: Mapping[str, str]) -> Started:
         os.close(reading)
     started = Started(name, path, process, writing, errors)
     try:
-        while not control.serves(path):
+        while control.served_by(path) != process.pid:
             if process.poll() is not None:
                 said = started.last_words()
-                raise NotStarted(said or f"the daemon ended at once (exit code {process.returncode})", 1)
+                raise NotStarted(
+                    said or f"the daemon ended at once (exit code {process.returncode})", process.returncode
+                )
             time.sleep(_POLL)
     except BaseException:
         started.let_go(0)
@@ -112,15 +116,19 @@ def start(name: str, knobs: Mapping[str, str]) -> Started:
 def join_or_start(name: str, knobs: Mapping[str, str]) -> Started | None:
     """Start a daemon for a domain, None if one serves it already: that one gets the knobs."""
     path = domain.socket_path(name)
-    if not control.serves(path):
+    for attempt in range(_ATTEMPTS):
+        if control.served_by(path):
+            if knobs:
+                control.ask(path, {"verb": "set", "knobs": dict(knobs)}, _PATIENCE)
+            return None
         try:
             return start(name, knobs)
-        except NotStarted:
-            if not control.serves(path):  # else another one was faster
+        except NotStarted as error:
+            # Another one was faster, and perhaps does not listen yet.
+            if error.exit_code != domain.DomainBusy.exit_code or attempt == _ATTEMPTS - 1:
                 raise
-    if knobs:
-        control.ask(path, {"verb": "set", "knobs": dict(knobs)})
-    return None
+        time.sleep(_BETWEEN_LOOKS / 10)
+    raise AssertionError("unreachable")
 
 
 def watch(pipe: int, name: str, path: Path) -> None:

@@ -20,6 +20,7 @@ from pagefold.sources.hashing import read_pages
 from pagefold.sources.nodes import page_nodes, query_nodes
 
 READ_PAGES = 32768  # most pages read and hashed in one step
+_READ_PIECES = 1024  # of so many regions at most
 
 
 class Looking:
@@ -28,6 +29,7 @@ class Looking:
     def __init__(self, mirror: Mirror) -> None:
         self.mirror = mirror
         self.looks = 0  # at every client's page tables, ever
+        self.unreadable: list[tuple[Peer, Region, Int64]] = []  # pages that could not be had in the last `read`
         self._to_read: deque[tuple[Peer, Region, Int64]] = deque()
 
     @property
@@ -41,7 +43,7 @@ class Looking:
         changed = False
         for peer in peers:
             try:
-                written, broken = peer.written(), peer.newly_broken()
+                inherited, written, broken = peer.inherited(), peer.written(), peer.newly_broken()
             except OSError:  # it ended; its connection says so soon
                 continue
             assert peer.process is not None
@@ -50,15 +52,12 @@ class Looking:
                 region.held_until[index] = FOREVER
                 changed = True
             for region, index in written:
-                gone = index[region.where[index] == HOLE]
-                if region.tracked:  # only private mappings are: whatever was merged there is so no more
-                    gone = index
-                region.where[gone] = 0
-                region.broken[gone] = False
+                # Only private mappings are tracked: whatever was merged there is so no more.
+                private = index if region.tracked else index[region.where[index] == HOLE]
+                region.became(private, np.zeros(len(private), np.int64))
                 self._queue(peer, region, index[(region.held_until[index] == 0) & ~region.broken[index]])
-            for region, index in [*peer.retry, *self._released(peer)]:
+            for region, index in [*inherited, *self._released(peer)]:
                 self._queue(peer, region, index)
-            peer.retry = []
         return changed
 
     def _released(self, peer: Peer) -> list[tuple[Region, Int64]]:
@@ -80,10 +79,13 @@ class Looking:
 
     def read(self) -> bool:
         """Read and hash what is queued, up to READ_PAGES of one client, and tell the mirror; tell whether that changed."""
+        self.unreadable = []
         peer, _, _ = self._to_read[0]
         pieces: list[tuple[Region, Int64]] = []
         room = READ_PAGES
         while self._to_read and self._to_read[0][0] is peer and len(self._to_read[0][2]) <= room:
+            if len(pieces) >= _READ_PIECES:
+                break
             _, region, index = self._to_read.popleft()
             pieces.append((region, index))
             room -= len(index)
@@ -100,7 +102,7 @@ class Looking:
             at += len(index)
             ok = contents.ok[part]
             if not ok.all():
-                peer.retry.append((region, index[~ok]))
+                self.unreadable.append((peer, region, index[~ok]))
             vpns = region.vpn + index[ok]
             home = np.maximum(nodes[part][ok], 0)
             changed |= self.mirror.update(peer.process, vpns, contents.high[part][ok], contents.low[part][ok], home)
@@ -109,7 +111,6 @@ class Looking:
     def forget(self, peer: Peer, region: Region | None = None) -> None:
         """Read nothing more of a client, or of one of its regions."""
         self._to_read = deque(one for one in self._to_read if one[0] is not peer or (region and one[1] is not region))
-        peer.retry = [one for one in peer.retry if region and one[0] is not region]
 
     def follow_migrations(self, peers: Iterable[Peer], store: Store, slots: Slots) -> bool:
         """Let the mirror's frames be where the real pages are; tell whether any moved."""

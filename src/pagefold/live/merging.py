@@ -15,7 +15,7 @@ from pagefold.live import messages
 from pagefold.live.looking import Looking
 from pagefold.live.messages import PAGE
 from pagefold.live.mirror import Mirror
-from pagefold.live.peer import Batch, Peer
+from pagefold.live.peer import MOST_PAGES, MOST_REGIONS, Batch, Counts, Peer
 from pagefold.live.planner import Run, runs_of, within_budget
 from pagefold.live.region import FOREVER, SHIFT, Int64, Region
 from pagefold.live.slots import Slots, Source
@@ -25,6 +25,12 @@ _LONGEST_HOLD = 6  # looks to wait double with every refusal, up to 2**this
 _FOR_GOOD = (messages.UNSUITABLE, messages.BROKEN, messages.BAD, messages.OFF)
 _QUIET = 3  # passes: one to learn a page, one to enter a tree, one to meet an equal there
 _QUIET_SMART = 10  # smart scan leaves pages alone for up to 8
+_PAUSE = 4  # looks until a full store is tried again
+_SOURCES = (
+    3  # pages that are tried, one after the other, to fill a slot from: any of them may have been written meanwhile
+)
+_SHARE = 4  # pages that are tracked at most, in shares of what the machine has: merged ones take no memory
+_MOST_VPN = 1 << 44  # of a client's mirror: no page number is used twice
 
 
 class Merging:
@@ -42,8 +48,12 @@ class Merging:
         self.calm_passes = 0  # passes in a row in which nothing merged
         self.still_passes = 0  # and in which nothing was written either
         self.looking = Looking(self.mirror)
+        self.past = Counts()  # of clients that are gone
         self._looked = False  # since the last pass ended
         self._full_until = 0
+        self._tidied = 0  # times
+        self._dead: list[int] = []  # extents that somebody still mapped the last time
+        self._dead_wait = self._dead_until = 0  # times to wait before asking for them again, and until when
 
     # --- clients ------------------------------------------------------------------------------------------------------------
 
@@ -57,26 +67,38 @@ class Merging:
         if peer.process is None:
             return
         self.peers.pop(peer.process.mm)
+        self.past.add(peer.counts)
         self.syncing -= set(peer.regions.values())
         self.mirror.detach(peer.process)
         self.looking.forget(peer)
         peer.process = None
         self.stir()
 
-    def advise(self, peer: Peer, said: np.void) -> None:
-        """Begin with a region of a client."""
+    def advise(self, peer: Peer, said: np.void) -> bool:
+        """Begin with a region of a client; False if it is too much for us: then nothing happens to it."""
         number, start, pages = peer.check_advise(said)
         assert peer.process is not None
+        most = min(MOST_PAGES - peer.tracked_pages, _SHARE * MOST_PAGES - self.mirror.pages)
+        if pages > most or len(peer.regions) >= MOST_REGIONS:
+            peer.ignored.add(number)
+            return False
         vpn = self.mirror.map(peer.process, pages)
+        if vpn + pages > _MOST_VPN:
+            raise messages.BadMessage(f"client {peer.pid} has advised more memory than there can be")
         tracked, quiet = bool(said["tracked"]), bool(said["quiet"])
-        peer.regions[number] = Region(number, start, pages, tracked=tracked, quiet=quiet, vpn=vpn)
+        peer.add(Region(number, start, pages, tracked=tracked, quiet=quiet, vpn=vpn))
         self.stir()
+        return True
 
     def unadvise(self, peer: Peer, number: int) -> None:
         """End with a region; its client gives the memory back by itself."""
-        region = peer.regions.pop(number, None)
+        if number in peer.ignored:
+            peer.ignored.remove(number)
+            return
+        region = peer.regions.get(number)
         if region is None or peer.process is None:
             raise messages.BadMessage(f"client {peer.pid} ended region {number}, which it does not have")
+        peer.remove(region)
         self.mirror.unmap(peer.process, region)
         self.syncing.discard(region)
         self.looking.forget(peer, region)
@@ -98,9 +120,12 @@ class Merging:
 
     @property
     def settled(self) -> bool:
-        """Tell whether nothing more can merge as memory is now: passes enough without a merge, and no answer outstanding."""
+        """Tell whether nothing more can merge as memory is now: passes enough without a merge, and no answer outstanding.
+
+        Nobody waits for the answer of a client that has been silent for long.
+        """
         need = _QUIET_SMART if self.mirror.engine.get("smart_scan") else _QUIET
-        busy = self.reading or any(peer.pending for peer in self.peers.values())
+        busy = self.reading or any(peer.pending and not peer.silent for peer in self.peers.values())
         return not busy and self.calm_passes >= need
 
     @property
@@ -119,6 +144,8 @@ class Merging:
         if self.reading:
             if self.looking.read():
                 self.still_passes = 0
+            for peer, region, index in self.looking.unreadable:
+                self.refused(peer, region, index, np.full(len(index), messages.ABSENT, np.uint8))
             return True
         if self.mirror.at_start and not self._looked:
             self._looked = True
@@ -161,13 +188,14 @@ class Merging:
             self._fill(pieces)
             self.full = ""
         except StoreFull as error:
-            self.full = str(error)
-            self._full_until = self.looking.looks + 16
+            self._pause(str(error))
         by_peer: dict[Peer, list[tuple[Region, Int64, Int64]]] = {}
         for peer, region, index, frames, _ in pieces:
             target = np.where(frames > 0, self.slots.of(np.maximum(frames, 0)), frames)
             without = (frames > 0) & (target == 0)
-            if without.any():
+            if without.any() and self.full:
+                self._take_back(peer, region, index[without])
+            elif without.any():
                 self.refused(peer, region, index[without], np.full(int(without.sum()), messages.DIFFERS, np.uint8))
             by_peer.setdefault(peer, []).append((region, index[~without], target[~without]))
         for peer, wanted in by_peer.items():
@@ -179,26 +207,42 @@ class Merging:
         order = np.concatenate([piece[4] for piece in pieces])
         owner = np.repeat(np.arange(len(pieces)), [len(piece[2]) for piece in pieces])
         address = np.concatenate([piece[1].start + piece[2] * PAGE for piece in pieces])
-        new = np.flatnonzero((frames > 0) & (self.slots.of(np.maximum(frames, 0)) == 0))
-        new = new[np.argsort(order[new], kind="stable")]
-        _, first = np.unique(frames[new], return_index=True)
-        new = new[np.sort(first)]
-        peers = [pieces[at][0] for at in owner[new].tolist()]
-        sources = []
-        begin = 0
-        for at in range(1, len(new) + 1):
-            if at == len(new) or peers[at] is not peers[begin]:
-                part = new[begin:at]
-                sources.append(Source(peers[begin].reader, frames[part], address[part]))
-                begin = at
-        self.slots.fill(sources)
+        open_ = np.flatnonzero(frames > 0)
+        open_ = open_[np.argsort(order[open_], kind="stable")]
+        for _ in range(_SOURCES):
+            open_ = open_[self.slots.of(frames[open_]) == 0]
+            if not len(open_):
+                return
+            _, first = np.unique(frames[open_], return_index=True)
+            new = open_[np.sort(first)]
+            open_ = np.delete(open_, first)
+            peers = [pieces[at][0] for at in owner[new].tolist()]
+            sources = []
+            begin = 0
+            for at in range(1, len(new) + 1):
+                if at == len(new) or peers[at] is not peers[begin]:
+                    part = new[begin:at]
+                    sources.append(Source(peers[begin].reader, frames[part], address[part]))
+                    begin = at
+            self.slots.fill(sources)
+
+    def _pause(self, why: str) -> None:
+        """Ask for no more slots for a while."""
+        self.full = why
+        self._full_until = self.looking.looks + _PAUSE
+
+    def _take_back(self, peer: Peer, region: Region, index: Int64) -> None:
+        """Take back in the mirror what will not be done (ascending)."""
+        assert peer.process is not None
+        self.still_passes = 0
+        self.mirror.refuse(peer.process, region.vpn + index)
 
     def ask(self, peer: Peer, wanted: list[tuple[Region, Int64, Int64]]) -> None:
         """Ask a client to let pages map slots, HOLE or (0) pages of their own; refuse for it what it cannot do."""
         runs: list[Run] = []
         for region, index, target in wanted:
-            quiet = (region.quiet or not peer.windows_safe) and region not in self.syncing
-            news = (region.where[index] != target) | (region.broken[index] & (target != 0))
+            quiet = not self._may_ask(peer, region)
+            news = (region.wanted[index] != target) | (region.broken[index] & (target != 0))
             index, target = index[news], target[news]
             if quiet or peer.crowded:
                 status = messages.OFF if quiet else messages.BUSY
@@ -207,24 +251,40 @@ class Merging:
                 runs += runs_of(region, index, target)
         budget = max(peer.max_mappings // 2 - peer.mappings(), 0)
         runs, beyond = within_budget(runs, budget)
-        for run in beyond:
-            index = np.arange(run.index, run.index + run.pages, dtype=np.int64)
-            self.refused(peer, run.region, index, np.full(run.pages, messages.NO_VMA, np.uint8))
+        self._refuse_runs(peer, beyond, messages.NO_VMA)
         for at in range(0, len(runs), messages.BATCH_RUNS):
-            self._send(peer, runs[at : at + messages.BATCH_RUNS])
+            part = runs[at : at + messages.BATCH_RUNS]
+            if peer.crowded or not self._introduce(peer, part):
+                self._refuse_runs(peer, part, messages.BUSY)
+            else:
+                self._send(peer, part)
 
-    def _send(self, peer: Peer, runs: list[Run]) -> None:
+    def _may_ask(self, peer: Peer, region: Region) -> bool:
+        """Tell whether windows may be asked for in a region now."""
+        return region in self.syncing or (peer.windows_safe and not region.quiet)
+
+    def _introduce(self, peer: Peer, runs: list[Run]) -> bool:
+        """Send a client the descriptors of extents that are new to it; False if we have none left."""
         for number in sorted({run.target >> SHIFT for run in runs if run.target > 0} - peer.extents):
             extent = self.store[number]
+            try:
+                fd = extent.descriptor_for(peer.pid)
+            except OSError as error:
+                self._pause(f"no descriptor for client {peer.pid} ({error.strerror}); raise the daemon's ulimit -n")
+                return False
             packet = messages.pack(messages.EXTENT, extent=number, slots=extent.slots, node=extent.node)
-            peer.send(packet, [extent.descriptor_for(peer.pid)])
+            peer.send(packet, [fd])
             peer.extents.add(number)
+        return True
+
+    def _send(self, peer: Peer, runs: list[Run]) -> None:
         batch = Batch([], [], [])
         for run in runs:
             batch.regions.append(run.region)
             batch.indices.append(np.arange(run.index, run.index + run.pages, dtype=np.int64))
             ascending = np.arange(run.pages) if run.target > 0 else 0
             batch.targets.append(np.full(run.pages, run.target, np.int64) + ascending)
+            run.region.wanted[batch.indices[-1]] = batch.targets[-1]
         plain = not peer.windows_safe
         peer.ask(batch, [run.record for run in runs], plain=plain)
 
@@ -238,8 +298,8 @@ class Merging:
             if peer.regions.get(region.number) is not region:
                 continue
             done = (status == messages.MERGED) | (status == messages.ALREADY)
-            region.where[index[done]] = target[done]
-            region.broken[index[done]] = False
+            region.became(index[done], target[done])
+            region.stayed(index[~done], target[~done])
             region.refusals[index[done]] = 0
             region.status[index[done]] = status[done]
             if target[0] == 0:  # private again: whatever held a page back is over
@@ -268,6 +328,11 @@ class Merging:
             region.holds = True
             self.mirror.hold(peer.process, region.vpn + index[alone])
 
+    def _refuse_runs(self, peer: Peer, runs: list[Run], status: int) -> None:
+        for run in runs:
+            index = np.arange(run.index, run.index + run.pages, dtype=np.int64)
+            self.refused(peer, run.region, index, np.full(run.pages, status, np.uint8))
+
     # --- between passes --------------------------------------------------------------------------------------------------------------
 
     def _end_pass(self) -> None:
@@ -288,17 +353,45 @@ class Merging:
                         peer.extents.discard(extent.number)
                         peer.send(messages.pack(messages.RELEASE, extent=extent.number))
         self.store.free_extents()
+        if self.settled or self.mirror.engine.get("run") != 1:
+            self._leave_dead()
 
     def _empty(self, number: int) -> None:
-        """Let an extent's last pages be merged elsewhere."""
+        """Let an extent's last pages be merged elsewhere, if all who map them can be asked."""
+        wanted: list[tuple[Peer, Region, Int64]] = []
+        for peer in self.peers.values():
+            for region in peer.regions.values():
+                index = np.flatnonzero((region.where >> SHIFT == number) & ~region.broken)
+                if len(index) and (peer.crowded or not self._may_ask(peer, region)):
+                    return
+                wanted.append((peer, region, index))
         try:
             moved = self.slots.relocate(self.store[number])
         except StoreFull:
             return
+        for peer, region, index in wanted:
+            target = moved[region.where[index] & 0xFFFFFFFF]
+            if target.any():
+                self.ask(peer, [(region, index[target > 0], target[target > 0])])
+
+    def _leave_dead(self) -> None:
+        """Ask for the pages that keep extents without a live slot: where the mirror has them, or private if it has them nowhere.
+
+        Those are pages that were written since (their mapping is still one of the extent), and those whose windows came to nothing.
+        """
+        self._tidied += 1
+        dead = [extent.number for extent in self.store if extent.live == 0]
+        if dead != self._dead:
+            self._dead, self._dead_wait, self._dead_until = dead, 1, 0
+        if not dead or self._tidied < self._dead_until:
+            return
+        self._dead_until = self._tidied + self._dead_wait
+        self._dead_wait = min(self._dead_wait * 2, 64)
         for peer in self.peers.values():
-            wanted = []
+            assert peer.process is not None
             for region in peer.regions.values():
-                index = np.flatnonzero((region.where >> SHIFT == number) & ~region.broken)
-                target = moved[region.where[index] & 0xFFFFFFFF]
-                wanted.append((region, index[target > 0], target[target > 0]))
-            self.ask(peer, [one for one in wanted if len(one[1])])
+                index = np.flatnonzero(np.isin(region.where >> SHIFT, dead))
+                if len(index) and self._may_ask(peer, region) and not peer.crowded:
+                    frames = self.mirror.frames_of(peer.process, region)[index]
+                    target = np.where(region.broken[index] | ~self.mirror.is_ksm(frames), 0, self.slots.of(frames))
+                    self.ask(peer, [(region, index, target)])

@@ -46,9 +46,22 @@ class Mirror:
         self._nobody = 0
 
     @property
+    def pages(self) -> int:
+        """Pages of all areas."""
+        return self._used
+
+    @property
     def _ctl(self) -> layout.Records:
         record: layout.Records = self.machine.world.ctl[0]
         return record
+
+    def set(self, knob: str, value: int | str) -> None:
+        """Set a knob of the engine, with frames enough if that gives all pages frames of their own."""
+        if knob == "run":
+            merged = int(self._ctl["pages_sharing"]) + int(self._ctl["pages_shared"]) + int(self._ctl["ksm_zero_pages"])
+            if merged > self._free():
+                self._add_frames(0, merged - self._free())
+        self.engine.set(knob, value)
 
     # --- what clients have ---------------------------------------------------------------------------------------------
 
@@ -58,13 +71,17 @@ class Mirror:
 
     def detach(self, process: Process) -> None:
         """End a client and forget it."""
+        world = self.machine.world
+        areas = world.vmas[: int(self._ctl["vmas_used"])]
+        mine = areas[areas["mm"] == process.mm]
+        self._used -= int((mine["end"] - mine["start"]).sum())
         process.exit()
         self.machine.processes.remove(process)
 
     def map(self, process: Process, pages: int) -> int:
         """Make room for a region in the mirror; return its first page number."""
-        self._used += pages
         area = process.mmap(pages)
+        self._used += pages
         process.madvise(area, "MERGEABLE")
         return area.start
 
@@ -91,6 +108,7 @@ class Mirror:
         while done < len(vpns):
             done += process.update(vpns[done:], contents[done:], nids[done:])
             if done < len(vpns):
+                assert not self._free(), f"page {vpns[done]} is in no area of the mirror"
                 self._add_frames(int(nids[done]), len(vpns) - done)
         changed = bool(self._ctl["trees_changed"])
         self._ctl["trees_changed"] = int(changed or before)
@@ -113,10 +131,8 @@ class Mirror:
     def frames_of(self, process: Process, region: Region) -> Int64:
         """Return the frame of each page of a region, 0 where none is present."""
         world = self.machine.world
-        vma = int(world.mms[process.mm]["vma_first"])
-        while int(world.vmas[vma]["start"]) != region.vpn:
-            vma = int(world.vmas[vma]["next"])
-        base = int(world.vmas[vma]["pte_base"])
+        areas = world.vmas[: int(self._ctl["vmas_used"])]
+        base = int(areas["pte_base"][(areas["mm"] == process.mm) & (areas["start"] == region.vpn)][0])
         entries = world.ptes[base : base + region.pages]
         return np.where(entries["flags"] & layout.PTE_PRESENT, entries["pfn"], 0).astype(np.int64)
 
@@ -144,6 +160,9 @@ class Mirror:
 
     def _add_frames(self, node: int, pages: int) -> None:
         self.machine.add_memory(node, max(pages, self._used // 2, _FIRST_FRAMES))
+
+    def _free(self) -> int:
+        return sum(self.machine.free_frames(node) for node in range(self.machine.nodes))
 
     # --- what the engine wants ---------------------------------------------------------------------------------------------
 
@@ -192,3 +211,21 @@ class Mirror:
     def frame_count(self) -> int:
         """Return how many frames there are, of which 0 is none."""
         return len(self.machine.world.frames)
+
+
+def warm_up() -> None:
+    """Do everything once with a page or two, so that all that must be compiled is, before anyone waits for it."""
+    mirror = Mirror(1, {"run": 1})
+    crew = [mirror.attach() for _ in range(2)]
+    one = np.ones(1, np.uint64)
+    for process in crew:
+        vpns = np.array([mirror.map(process, 1)])
+        mirror.update(process, vpns, one, one)
+        mirror.hold(process, vpns)
+        mirror.update(process, vpns, one, one)
+    mirror.engine.scan_full(3)
+    for wish in list(mirror.wishes()):
+        mirror.refuse(crew[0], wish.vpns)
+    mirror.engine.set("run", 2)
+    for process in crew:
+        mirror.detach(process)

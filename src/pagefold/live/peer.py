@@ -5,6 +5,8 @@ Must not know: the engine's rules, the store.
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import os
 import select
 import socket
@@ -23,9 +25,12 @@ from pagefold.live.region import Int64, Region
 from pagefold.machine import Process
 from pagefold.sources.memory_reader import MemoryReader
 
-MOST_REGIONS = 1 << 17
-MOST_PAGES = 1 << 31
+MOST_REGIONS = 1 << 15  # of one client; what it advises beyond is not merged
+MOST_PAGES = os.sysconf("SC_PHYS_PAGES")  # of one client: more than the machine has is mostly nothing
+_MOST_NUMBERS = 1 << 20  # of regions that are not merged; a client that has more of them is no agent
 _MOST_QUEUED = 1 << 20  # bytes for a client that does not read; beyond it is asked nothing more
+_TOO_MUCH = 1 << 22  # bytes beyond which it is given up
+_PATIENCE = 5.0  # seconds without an answer, after which nobody else waits for it
 _SO_PEERPIDFD = 77
 
 
@@ -46,6 +51,12 @@ class Counts:
     cow_breaks: int = 0
     windows: int = 0
 
+    def add(self, other: Counts) -> None:
+        """Count what the other has counted, too."""
+        self.by_status = [mine + its for mine, its in zip(self.by_status, other.by_status, strict=True)]
+        self.cow_breaks += other.cow_breaks
+        self.windows += other.windows
+
 
 class Peer:
     """One connection. Everything a client says is checked here; nonsense raises BadMessage, and the daemon drops it."""
@@ -59,12 +70,15 @@ class Peer:
         self.why = ""
         self.max_mappings = 65530
         self.regions: dict[int, Region] = {}
+        self.ignored: set[int] = set()  # numbers of regions that are too much for us: nothing happens to them
+        self.tracked_pages = 0  # of all its regions
         self.process: Process | None = None  # its mirror
         self.pending: dict[int, Batch] = {}
         self.counts = Counts()
         self.extents: set[int] = set()  # those whose descriptor it was sent
-        self.retry: list[tuple[Region, Int64]] = []  # pages that could not be read for the moment
+        self.unseen: list[Region] = []  # regions that were not looked at yet
         self.last_answer = time.monotonic()
+        self._spans: list[tuple[int, int]] = []  # where its regions are, ascending
         self._batches = 0
         self._queue: deque[tuple[bytes, list[int]]] = deque()
         self._queued = 0
@@ -117,19 +131,29 @@ class Peer:
     def check_advise(self, said: np.void) -> tuple[int, int, int]:
         """Return (number, start, pages) of a region it may advise; BadMessage for anything no agent would say."""
         number, start, pages = int(said["region"]), int(said["start"]), int(said["pages"])
-        if number <= 0 or number in self.regions or len(self.regions) >= MOST_REGIONS:
+        if number <= 0 or number in self.regions or number in self.ignored or len(self.ignored) >= _MOST_NUMBERS:
             raise BadMessage(f"client {self.pid} advised region {number}, which is taken or absurd")
         end = start + pages * PAGE
-        if start % PAGE or not PAGE <= start < end <= 1 << 56 or self.tracked_pages() + pages > MOST_PAGES:
+        if start % PAGE or not PAGE <= start < end <= 1 << 56:
             raise BadMessage(f"client {self.pid} advised {pages} pages at {start:#x}, which no process can have")
-        for other in self.regions.values():
-            if start < other.end and other.start < end:
-                raise BadMessage(f"client {self.pid} advised memory at {start:#x} twice")
+        at = bisect.bisect_left(self._spans, (start, end))
+        if any(start < other[1] and other[0] < end for other in self._spans[max(at - 1, 0) : at + 1]):
+            raise BadMessage(f"client {self.pid} advised memory at {start:#x} twice")
         return number, start, pages
 
-    def tracked_pages(self) -> int:
-        """Return how many pages its regions have."""
-        return sum(region.pages for region in self.regions.values())
+    def add(self, region: Region) -> None:
+        """Begin with a region that was checked."""
+        self.regions[region.number] = region
+        self.tracked_pages += region.pages
+        self.unseen.append(region)
+        bisect.insort(self._spans, (region.start, region.end))
+
+    def remove(self, region: Region) -> None:
+        """End with a region."""
+        del self.regions[region.number]
+        self.tracked_pages -= region.pages
+        self.unseen = [one for one in self.unseen if one is not region]
+        del self._spans[bisect.bisect_left(self._spans, (region.start, region.end))]
 
     def by_vpn(self, vpns: Int64) -> list[tuple[Region, Int64]]:
         """Split page numbers of the mirror (ascending) by region: (region, which entries of `vpns`)."""
@@ -161,6 +185,16 @@ class Peer:
                     answer.append((region, region.indices(address)))
         return answer
 
+    def inherited(self) -> list[tuple[Region, Int64]]:
+        """Return the pages of regions new to us that map a store already: that of a daemon before us."""
+        fresh, self.unseen = self.unseen, []
+        spans = tracking.mapped_stores(self.pid, [(region.start, region.end) for region in fresh])
+        return [
+            (region, np.concatenate([np.arange(*region.indices(np.array(span)), dtype=np.int64) for span in those]))
+            for region, those in zip(fresh, spans, strict=True)
+            if those
+        ]
+
     def newly_broken(self) -> list[tuple[Region, Int64]]:
         """Return merged pages that were written since the last call, by index."""
         answer = []
@@ -178,28 +212,32 @@ class Peer:
         return answer
 
     def mappings(self) -> int:
-        """Return how many mappings its regions are made of."""
+        """Return how many mappings its regions will be made of when it has done what it was asked for."""
         return sum(region.mappings() for region in self.regions.values())
 
     # --- packets --------------------------------------------------------------------------------------------------------------
 
     def receive(self) -> bytes | None:
-        """Return the next packet, b'' at the end, None if there is none now. Descriptors that come along are closed."""
+        """Return the next packet, b'' at the end, None if there is none now. Descriptors that come along never get to us."""
         try:
-            packet, fds, _, _ = socket.recv_fds(self.connection, messages.MOST_BYTES, 16)
+            return self.connection.recv(messages.MOST_BYTES)
         except BlockingIOError:
             return None
         except OSError:
             return b""
-        for fd in fds:
-            os.close(fd)
-        return packet
 
     def send(self, packet: bytes, fds: list[int] | None = None) -> None:
         """Send a packet, or queue it; the descriptors are closed once sent."""
         self._queue.append((packet, fds or []))
         self._queued += len(packet)
         self.flush()
+        if self.agent and self._queued > _TOO_MUCH:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """End the connection from our side: the daemon reads its end, and a living client connects anew."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def flush(self) -> None:
         """Send what is queued, as far as the socket takes it."""
@@ -209,8 +247,8 @@ class Peer:
                 socket.send_fds(self.connection, [packet], fds)
             except BlockingIOError:
                 return
-            except OSError:  # it is gone; the daemon sees that by reading
-                pass
+            except OSError:  # it is gone, or the kernel has no room for it: what is missing would confuse it
+                self.give_up()
             self._queue.popleft()
             self._queued -= len(packet)
             for fd in fds:
@@ -225,6 +263,11 @@ class Peer:
     def crowded(self) -> bool:
         """Tell whether it does not keep up: nothing more should be asked of it for now."""
         return self._queued > _MOST_QUEUED or len(self.pending) > 256
+
+    @property
+    def silent(self) -> bool:
+        """Tell whether it has owed us an answer for long: stopped, or hostile."""
+        return bool(self.pending) and time.monotonic() - self.last_answer > _PATIENCE
 
     def ask(self, batch: Batch, packet_runs: list[tuple[int, int, int, int, int, int]], *, plain: bool) -> None:
         """Send WINDOWS for a batch and remember it."""

@@ -54,9 +54,9 @@ def costs_mappings(run: Run) -> int:
     """Return how many mappings (VMAs) a run of slots adds at most: none where it continues what is beside it, two if it stands alone."""
     if run.target <= 0:
         return 0
-    where, before, after = run.region.where, run.index - 1, run.index + run.pages
-    joins = int(before < 0 or where[before] == run.target - 1)
-    return 2 - joins - int(after >= run.region.pages or where[after] == run.target + run.pages)
+    wanted, before, after = run.region.wanted, run.index - 1, run.index + run.pages
+    joins = int(before < 0 or wanted[before] == run.target - 1)
+    return 2 - joins - int(after >= run.region.pages or wanted[after] == run.target + run.pages)
 
 
 def within_budget(runs: list[Run], budget: int) -> tuple[list[Run], list[Run]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pagefold.live.messages import PAGE, UNKNOWN
+from pagefold.live.messages import PAGE
 
 Int64 = NDArray[np.int64]
 HOLE = -1  # in `where`: merged as zeros, nothing is mapped
@@ -19,7 +19,8 @@ SHIFT = 32  # `where` of a merged page: number of the extent << SHIFT | slot
 class Region:
     """Hold a run of a client's pages; indices of pages count from its first.
 
-    `where` and `broken` are what the client has; `wanted` is what it was last asked for. `vpn` is the run's place in the mirror.
+    `where` and `broken` are what the client has, `wanted` is what it was asked for at last. `vpn` is the run's place in the mirror.
+    Nothing here takes memory for pages that were never there: everything begins as 0.
     """
 
     def __init__(self, number: int, start: int, pages: int, *, tracked: bool, quiet: bool, vpn: int) -> None:
@@ -30,13 +31,14 @@ class Region:
         self.quiet = quiet  # nothing happens to it but in a SYNC
         self.vpn = vpn
         self.where = np.zeros(pages, np.int64)  # 0: private, HOLE, or a slot
+        self.wanted = np.zeros(pages, np.int64)  # as `where`, which it becomes, or goes back to
         self.broken = np.zeros(pages, np.bool_)  # merged once, written since: private, but in a mapping of the store
         self.held_until = np.zeros(
             pages, np.int32
         )  # the pass from which a page that was refused may merge again; 0: now
         self.refusals = np.zeros(pages, np.uint8)  # in a row, for the back-off
         self.holds = False  # whether any page is held
-        self.status = np.full(pages, UNKNOWN, np.uint8)  # what became of each page at last
+        self.status = np.zeros(pages, np.uint8)  # what became of each page at last; 0: nothing yet, or merged
 
     @property
     def end(self) -> int:
@@ -47,12 +49,24 @@ class Region:
         """Return which of its pages these addresses are."""
         return (address - self.start) // PAGE
 
+    def became(self, index: Int64, target: Int64) -> None:
+        """Note what pages map now, whatever else is under way for them."""
+        last = (self.wanted[index] == target) | (self.wanted[index] == self.where[index])
+        self.wanted[index[last]] = target[last]
+        self.where[index] = target
+        self.broken[index] = False
+
+    def stayed(self, index: Int64, target: Int64) -> None:
+        """Note that pages are as they were, whatever else is under way for them."""
+        last = index[self.wanted[index] == target]
+        self.wanted[last] = self.where[last]
+
     def merged(self) -> NDArray[np.bool_]:
         """Tell which pages map a slot now and were not written since."""
         return (self.where > 0) & ~self.broken
 
     def mappings(self) -> int:
-        """Return how many mappings (VMAs) the region is made of: neighbours with neighbouring slots are one."""
-        slots = self.where > 0
-        joined = (slots[1:] == slots[:-1]) & (~slots[1:] | (self.where[1:] == self.where[:-1] + 1))
+        """Return how many mappings (VMAs) the region will be made of: neighbours with neighbouring slots are one."""
+        slots = self.wanted > 0
+        joined = (slots[1:] == slots[:-1]) & (~slots[1:] | (self.wanted[1:] == self.wanted[:-1] + 1))
         return int(self.pages - np.count_nonzero(joined))

@@ -14,7 +14,7 @@ from pagefold import settings
 from pagefold.live import messages
 from pagefold.live.merging import Merging
 from pagefold.live.messages import PAGE
-from pagefold.live.peer import Peer
+from pagefold.live.peer import Counts, Peer
 from pagefold.live.region import SHIFT, Region
 
 _GROUPS = 64  # most groups of sharers that are told
@@ -37,22 +37,24 @@ def knobs(merging: Merging) -> dict[str, int | str]:
 def stat(merging: Merging) -> dict[str, Any]:
     """Return what `pagefold stat` shows of the merging itself."""
     peers = list(merging.peers.values())
-    by_status = np.sum([peer.counts.by_status for peer in peers], axis=0) if peers else np.zeros(messages.STATUSES)
+    ever = Counts()
+    for counts in (merging.past, *(peer.counts for peer in peers)):
+        ever.add(counts)
     refused = {
         name: int(count)
-        for code, (name, count) in enumerate(zip(messages.STATUS_NAMES, by_status, strict=True))
+        for code, (name, count) in enumerate(zip(messages.STATUS_NAMES, ever.by_status, strict=True))
         if name and count and code not in (messages.MERGED, messages.ALREADY)
     }
     return {
         "counters": asdict(merging.mirror.engine.counters()),
         "saved_bytes": saved_bytes(merging),
         "store_bytes": merging.store.backed_bytes(),
-        "tracked_bytes": sum(peer.tracked_pages() for peer in peers) * PAGE,
+        "tracked_bytes": sum(peer.tracked_pages for peer in peers) * PAGE,
         "daemon_bytes": _resident(),
-        "windows": sum(peer.counts.windows for peer in peers),
-        "merged": int(by_status[messages.MERGED]),
+        "windows": ever.windows,
+        "merged": ever.by_status[messages.MERGED],
         "refused": refused,
-        "cow_breaks": sum(peer.counts.cow_breaks for peer in peers),
+        "cow_breaks": ever.cow_breaks,
         "settled": merging.settled,
         "clients": clients(merging),
         "groups": groups(merging),
@@ -71,7 +73,7 @@ def clients(merging: Merging) -> list[dict[str, Any]]:
                 "command": peer.command(),
                 "node_pages": _node_pages(merging, peer),
                 "regions": len(regions),
-                "pages": peer.tracked_pages(),
+                "pages": peer.tracked_pages,
                 "merged_pages": sum(int(np.count_nonzero(region.merged())) for region in regions),
                 "zero_pages": sum(int(np.count_nonzero(region.where < 0)) for region in regions),
                 "broken_pages": sum(int(np.count_nonzero(region.broken)) for region in regions),

@@ -13,7 +13,7 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 STORE = "/memfd:pagefold"  # how the names of mappings of the store begin
@@ -24,6 +24,9 @@ _QUERY = struct.Struct("=9Q4I2Q")
 _PROCMAP_QUERY = 0xC0686611  # _IOWR('f', 17, struct procmap_query)
 _COVERING_OR_NEXT = 0x10
 _LONGEST_NAME = 4096 + 64
+_PAGE = 4096
+_AT_ONCE = 1 << 16  # pages
+_PRESENT_OR_SWAPPED, _FILE = 3 << 62, 1 << 61  # of a word of pagemap
 _MANY = {"lo": "locked (mlock)", "ht": "of huge pages (hugetlbfs)", "dc": "MADV_DONTFORK", "wf": "MADV_WIPEONFORK"}
 _MANY |= {"dd": "MADV_DONTDUMP", "um": "watched by a userfaultfd", "uw": "watched by a userfaultfd", "io": "a device's"}
 _MANY |= {"pf": "a device's", "mm": "a device's", "ss": "a shadow stack", "dp": "droppable", "sl": "sealed (mseal)"}
@@ -37,9 +40,6 @@ class Vma(NamedTuple):
     permissions: str  # as 'rw-p'
     inode: int  # 0: anonymous
     name: str
-
-
-Lookup = Callable[[int], Vma | None]  # the mapping at an address or the next one behind it
 
 
 def why_not(vma: Vma) -> str:
@@ -78,6 +78,13 @@ def split(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, str]]:
                 yield start, end, reason
 
 
+def at(address: int) -> Vma | None:
+    """Return the mapping at an address, None if there is none."""
+    with _Maps() as maps:
+        vma = maps.find(address)
+    return vma if vma and vma.start <= address else None
+
+
 class _Maps:
     """Look mappings up, as long as the block lasts."""
 
@@ -94,6 +101,7 @@ class _Maps:
         os.close(self._fd)
 
     def find(self, address: int) -> Vma | None:
+        """Return the mapping at an address or the next one behind it."""
         if self._use_query:
             try:
                 return self._query(address)
@@ -107,7 +115,18 @@ class _Maps:
         return self._table[place] if place < len(self._table) else None
 
     def _query(self, address: int) -> Vma | None:
-        fields = [_QUERY.size, _COVERING_OR_NEXT, address, *[0] * 6, 0, 0, _LONGEST_NAME, 0, self._name.buffer_info()[0], 0]
+        fields = [
+            _QUERY.size,
+            _COVERING_OR_NEXT,
+            address,
+            *[0] * 6,
+            0,
+            0,
+            _LONGEST_NAME,
+            0,
+            self._name.buffer_info()[0],
+            0,
+        ]
         packet = bytearray(_QUERY.pack(*fields))
         try:
             fcntl.ioctl(self._fd, _PROCMAP_QUERY, packet)
@@ -129,6 +148,52 @@ def parse(text: str) -> list[Vma]:
         start, _, end = addresses.partition("-")
         found.append(Vma(int(start, 16), int(end, 16), permissions, int(inode), name[0] if name else ""))
     return found
+
+
+class Census(NamedTuple):
+    """Count pages by how they are mapped."""
+
+    merged: int = 0  # map the store
+    written: int = 0  # of a mapping of the store, but copies of their own since they were written
+    private: int = 0
+    absent: int = 0  # nothing is mapped: reads as zeros
+
+
+def census(ranges: Iterable[tuple[int, int]]) -> Census:
+    """Count the pages of ascending ranges."""
+    merged = written = private = absent = 0
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with _Maps() as maps:
+            for start, end in ranges:
+                while start < end:
+                    vma = maps.find(start)
+                    until = min(end, vma.end if vma and vma.start <= start else vma.start if vma else end)
+                    pages = (until - start) // _PAGE
+                    anonymous = _anonymous_pages(fd, start, pages)
+                    if vma and vma.start <= start and vma.name.startswith(STORE):
+                        merged, written = merged + pages - anonymous, written + anonymous
+                    else:
+                        private, absent = private + anonymous, absent + pages - anonymous
+                    start = until
+    finally:
+        os.close(fd)
+    return Census(merged, written, private, absent)
+
+
+def store_ranges() -> list[tuple[int, int]]:
+    """Return all ranges of this process that were merged; not where the agent itself looks at the store."""
+    table = parse(_read_file("/proc/self/maps"))
+    return [(vma.start, vma.end) for vma in table if vma.name.startswith(STORE) and vma.permissions.endswith("p")]
+
+
+def _anonymous_pages(pagemap: int, start: int, pages: int) -> int:
+    """Count the pages that are present or swapped, and not of a file."""
+    count = 0
+    for first in range(0, pages, _AT_ONCE):
+        words = array.array("Q", os.pread(pagemap, min(_AT_ONCE, pages - first) * 8, (start // _PAGE + first) * 8))
+        count += sum(1 for word in words if word & _PRESENT_OR_SWAPPED and not word & _FILE)
+    return count
 
 
 def explain(start: int, end: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Unit = Literal["pages", "bytes", "count", ""]
+Unit = Literal["pages", "bytes", "count", "seconds", ""]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ FIELDS: dict[str, Field] = {
         Field("ksm_zero_pages", "pages", "pages of zeroes that map the zero page instead"),
         Field("stable_node_chains", "count", "contents with more mappings than max_page_sharing"),
         Field("stable_node_dups", "count", "KSM pages that hang on those"),
-        Field("saved_bytes", "bytes", "memory that would be free, against no merging"),
+        Field("saved_bytes", "bytes", "memory that merging frees"),
         Field(
             "metadata_bytes", "bytes", "what the kernel would need for it (64 bytes a page looked at, and a KSM page)"
         ),
@@ -39,13 +39,35 @@ FIELDS: dict[str, Field] = {
         Field("full_scans", "count", "passes over everything"),
         Field("pages_scanned", "pages", "looks at a page"),
         Field("pages_skipped", "pages", "looks that smart scan saved"),
+        Field("store_bytes", "bytes", "memory that the store holds: every merged content once"),
+        Field("tracked_bytes", "bytes", "memory that clients let pagefold manage"),
+        Field("daemon_bytes", "bytes", "what the daemon itself needs"),
+        Field("cpu_seconds", "seconds", "processor time that the daemon took"),
+        Field("uptime_seconds", "seconds", "since the daemon was started"),
+        Field("settled_seconds", "seconds", "when the last thing merged that could, since the daemon was started"),
+        Field("windows", "count", "runs of pages that clients were asked to swap"),
+        Field("cow_breaks", "pages", "merged pages that were written, and are private again"),
+        Field("merged_pages", "pages", "pages that map the store now"),
+        Field("zero_pages", "pages", "pages of zeros that map nothing now"),
+        Field("broken_pages", "pages", "merged once, written since"),
+        Field("refused_pages", "pages", "left alone for a while, because a window could not swap them"),
+        Field("mappings", "count", "mappings that the advised memory is made of"),
+        Field("regions", "count", "ranges of memory that were advised"),
     )
 }
 
 
-def show(name: str, value: int) -> str:
-    """Return a figure for people: pages and counts with thousands, bytes in binary units."""
-    return size(value) if FIELDS[name].unit == "bytes" else f"{value:,}"
+def show(name: str, value: float) -> str:
+    """Return a figure for people: pages and counts with thousands, bytes in binary units, seconds with a tenth."""
+    unit = FIELDS[name].unit
+    if unit == "seconds":
+        return seconds(value)
+    return size(int(value)) if unit == "bytes" else f"{int(value):,}"
+
+
+def seconds(value: float) -> str:
+    """Return a time for people."""
+    return f"{value:,.1f} s"
 
 
 def size(value: int) -> str:

@@ -1,0 +1,313 @@
+"""Own which memory of this process the agent may touch, who wants that, and until when.
+
+A *hold* is what one call of `merge` or `advise` took: it names pages. A *region* is what the agent knows: memory that does not overlap
+another region's, with all the holds that want pages of it. Why no region outlives its memory, whatever threads and the collector do:
+
+1. A hold of `advise`, and any hold of memory that no NumPy array owns, references the owner: the memory stays.
+2. A hold of `merge` on a NumPy array's own memory only watches the array: a weak reference. NumPy clears it, and so calls `_gone`,
+   before it frees the memory. `_gone` waits for no lock of ours: it ends the region at once; only the books are put right in turn.
+3. Everything else that ends a region does so in turn, with strong references to all owners that the region watches; if one cannot
+   be had, the array is on its way to `_gone`, and its region is left to that. So a region is ended by one thread, once.
+4. `merge` asks the agent about a region out of turn, but with strong references too; if the region is ended meanwhile, the agent says so.
+5. `_gone` marks its regions dead before the memory is freed, and so before it can be allocated again: a dead region in the place of a
+   new one is of the past.
+
+Must not know: kinds of buffers, reports.
+"""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import os
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from pagefold.live import vmas
+from pagefold.live.buffers import PAGE, Piece
+from pagefold.live.turn import Turn
+
+ADVISED_TWICE = "advised by the memory handler of enable() already"
+NO_MEMORY = "no memory for one more region, or the limit on mappings is reached (vm.max_map_count)"
+
+
+class Agent(Protocol):
+    """What is asked of the agent. Negative answers are errno."""
+
+    def advise(self, start: int, size: int, *, quietly: bool) -> int:
+        """Begin a region and return its number."""
+
+    def unadvise(self, region: int, *, quietly: bool) -> int:
+        """End a region, its pages private and anonymous; return how many could not be. `quietly`: nobody writes to it meanwhile."""
+
+    def discard(self, region: int) -> int:
+        """End a region whose content nobody wants: its merged pages become fresh memory."""
+
+
+class Region:
+    """Pages that the agent knows as one region."""
+
+    __slots__ = ("dead", "end", "holds", "number", "quiet", "start", "watches")
+
+    def __init__(self, start: int, end: int, number: int, *, quiet: bool) -> None:
+        self.start = start
+        self.end = end
+        self.number = number
+        self.quiet = quiet  # nothing in the background: only holds of merge want it
+        self.dead = False  # the agent knows it no more
+        self.holds: dict[Hold, list[tuple[int, int]]] = {}  # and which pages of it each wants
+        self.watches: set[_Watch] = set()
+
+    @property
+    def pages(self) -> int:
+        """Return how many pages it has."""
+        return (self.end - self.start) // PAGE
+
+
+class Hold:
+    """What one call took. `regions` may be more than its own pages, where another hold was there before."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self.regions: set[Region] = set()
+        self.keeps: list[object] = []  # strong references and exports
+        self.begun_anew: list[Region] = []  # for its sake: merged pages were private again for a moment
+        self.why_not: dict[str, int] = {}
+
+    def refuse(self, reason: str, pages: int) -> None:
+        """Count pages that it could not get."""
+        self.why_not[reason] = self.why_not.get(reason, 0) + pages
+
+
+class _Watch(weakref.ref[Any]):
+    """A weak reference to the array that owns the memory of regions."""
+
+    __slots__ = ("dies", "key", "regions")
+
+    def __init__(self, array: Any, gone: Callable[[_Watch], None], *, dies: bool) -> None:
+        self.key = id(array)
+        self.dies = dies
+        self.regions: set[Region] = set()
+
+    def __new__(cls, array: Any, gone: Callable[[_Watch], None], *, dies: bool) -> _Watch:
+        """As weakref.ref does it, which knows no further arguments."""
+        return super().__new__(cls, array, gone)
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+class Holds:
+    """All holds and regions of this process."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.turn = Turn()
+        self.closed = False  # the interpreter ends: the agent has stopped, and memory may go as it likes
+        self._agent = agent
+        self._starts: list[int] = []  # of the regions, ascending
+        self._regions: dict[int, Region] = {}  # by start
+        self._watches: dict[int, _Watch] = {}  # by id of the array
+
+    def take(self, pieces: list[Piece], *, quiet: bool) -> Hold:
+        """Hold pieces. The caller references their owners until this returns."""
+        hold = Hold(quiet=quiet)
+        alive: list[Any] = []
+        try:
+            self.turn.run(lambda: self._take(hold, pieces, alive))
+        except BaseException:
+            self.release(hold)
+            raise
+        return hold
+
+    def release(self, hold: Hold) -> int:
+        """Let go; pages that nobody wants any more become private again. Returns how many could not become anonymous. Idempotent."""
+        alive: list[Any] = []  # given up when this returns, and not in turn: that may run anybody's code
+        stayed = self.turn.run(lambda: self._release(hold, alive))
+        hold.keeps = []
+        return int(stayed or 0)
+
+    def let_go(self, address: int, size: int) -> None:
+        """End everything in this memory, which stays until this returns; its owner moves or frees it next."""
+        if not self.closed:
+            self.turn.run(lambda: [self._drop(region) for region in self._between(address, address + size)])
+
+    def regions(self) -> list[Region]:
+        """Return all regions, by address."""
+        return sorted([*self._regions.values()], key=lambda region: region.start)
+
+    # --- in turn --------------------------------------------------------------------------------------------------------------
+
+    def _take(self, hold: Hold, pieces: list[Piece], alive: list[Any]) -> None:
+        for piece in pieces:
+            watch = self._watch(piece)
+            had = len(hold.regions)
+            if not hold.quiet:
+                for region in self._between(piece.start, piece.end):
+                    if region.quiet and self._reference(region, alive):
+                        self._remake(region, [(region.start, region.end)], quiet=False)
+                        hold.begun_anew += self._between(region.start, region.end)
+            at = piece.start
+            for region in self._between(piece.start, piece.end):
+                self._fill(at, region.start, hold, watch)
+                self._join(region, hold, [(max(at, region.start), min(piece.end, region.end))], watch)
+                at = region.end
+            self._fill(at, piece.end, hold, watch)
+            if len(hold.regions) > had and (watch is None or not hold.quiet):
+                hold.keeps.append(piece.owner.keep)
+            if watch is not None:
+                self._drop_unused(watch)
+
+    def _release(self, hold: Hold, alive: list[Any]) -> int:
+        stayed = 0
+        for region in list(hold.regions):
+            region.holds.pop(hold, None)
+            if region.dead or not self._reference(region, alive):
+                continue
+            loud = [span for one, spans in region.holds.items() if not one.quiet for span in spans]
+            if not region.holds or (not loud and not hold.quiet):
+                # What merge did to pages ends with their last advice: unadvise promises private copies.
+                stayed += self._drop(region)
+            elif not hold.quiet and _union(loud) != [(region.start, region.end)]:
+                stayed += self._remake(region, _union(loud), quiet=False)
+        hold.regions.clear()
+        return stayed
+
+    def _fill(self, start: int, end: int, hold: Hold, watch: _Watch | None) -> None:
+        """Make regions of memory that has none, as far as it can be merged."""
+        for low, high, reason in list(vmas.split([(start, end)] if start < end else [])):
+            if reason:
+                hold.refuse(reason, (high - low) // PAGE)
+            elif region := self._begin(low, high, [hold], quiet=hold.quiet):
+                self._join(region, hold, [(low, high)], watch)
+
+    def _begin(self, start: int, end: int, holds: list[Hold], *, quiet: bool) -> Region | None:
+        number = self._agent.advise(start, end - start, quietly=quiet)
+        if number <= 0:
+            reason = _why_refused(-number, start, end)
+            for hold in holds:
+                hold.refuse(reason, (end - start) // PAGE)
+            return None
+        region = Region(start, end, number, quiet=quiet)
+        bisect.insort(self._starts, start)
+        self._regions[start] = region
+        return region
+
+    def _join(self, region: Region, hold: Hold, spans: list[tuple[int, int]], watch: _Watch | None) -> None:
+        region.holds.setdefault(hold, []).extend(spans)
+        hold.regions.add(region)
+        if watch is not None:
+            self._attach(region, watch)
+
+    def _attach(self, region: Region, watch: _Watch) -> None:
+        region.watches.add(watch)
+        watch.regions.add(region)
+        self._watches[watch.key] = watch
+
+    def _remake(self, region: Region, spans: list[tuple[int, int]], *, quiet: bool) -> int:
+        """End a region and begin others with its holds: the agent cannot change one. Its merged pages begin anew."""
+        stayed = self._drop(region)
+        for low, high in spans:
+            made = self._begin(low, high, [*region.holds], quiet=quiet)
+            if not made:
+                continue
+            for hold, wanted in region.holds.items():
+                inside = [(max(a, low), min(b, high)) for a, b in wanted if a < high and low < b]
+                if inside:
+                    self._join(made, hold, inside, None)
+            for watch in region.watches:
+                self._attach(made, watch)
+        return stayed
+
+    def _drop(self, region: Region) -> int:
+        """End a region, its pages private and anonymous; returns how many could not be."""
+        if region.dead:
+            return 0
+        region.dead = True
+        stayed = self._agent.unadvise(region.number, quietly=region.quiet)
+        self._remove(region)
+        for watch in list(region.watches):
+            watch.regions.discard(region)
+            self._drop_unused(watch)
+        return max(stayed, 0)
+
+    def _remove(self, region: Region) -> None:
+        if self._regions.get(region.start) is region:
+            del self._regions[region.start]
+            del self._starts[bisect.bisect_left(self._starts, region.start)]
+        for hold in region.holds:
+            hold.regions.discard(region)
+
+    def _between(self, start: int, end: int) -> list[Region]:
+        """Return the regions that touch a range, ascending; dead ones are put away."""
+        first = max(bisect.bisect_right(self._starts, start) - 1, 0)
+        last = bisect.bisect_left(self._starts, end)
+        found = [self._regions[one] for one in self._starts[first:last]]
+        for region in found:
+            if region.dead:
+                self._remove(region)
+        return [region for region in found if not region.dead and region.end > start]
+
+    # --- owners ---------------------------------------------------------------------------------------------------------------
+
+    def _watch(self, piece: Piece) -> _Watch | None:
+        array = piece.owner.array
+        if array is None:
+            return None
+        watch = self._watches.get(id(array))
+        if watch is None or watch() is not array:
+            watch = self._watches[id(array)] = _Watch(array, self._gone, dies=piece.owner.dies)
+        return watch
+
+    def _drop_unused(self, watch: _Watch) -> None:
+        # NumPy refuses to resize an array while there is a weak reference to it.
+        if not watch.regions and self._watches.get(watch.key) is watch:
+            del self._watches[watch.key]
+
+    def _reference(self, region: Region, alive: list[Any]) -> bool:
+        """Reference all owners that a region watches, in `alive`; False if one is going: then `_gone` ends the region."""
+        owners = [watch() for watch in region.watches]
+        alive += owners
+        return all(owner is not None for owner in owners)
+
+    def _gone(self, watch: _Watch) -> None:
+        """End the regions of an array that goes: called by its weak reference, in any thread, in the middle of anything."""
+        if self.closed:
+            return
+        for region in list(watch.regions):
+            if not region.dead:
+                region.dead = True
+                if watch.dies:
+                    self._agent.discard(region.number)
+                else:
+                    self._agent.unadvise(region.number, quietly=True)
+        self.turn.try_run(lambda: self._sweep(watch))
+
+    def _sweep(self, watch: _Watch) -> None:
+        for region in list(watch.regions):
+            self._remove(region)
+        watch.regions.clear()
+        self._drop_unused(watch)
+
+
+def _union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return ascending spans that do not touch, of the same pages."""
+    joined: list[tuple[int, int]] = []
+    for low, high in sorted(spans):
+        if joined and low <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], high))
+        else:
+            joined.append((low, high))
+    return joined
+
+
+def _why_refused(code: int, start: int, end: int) -> str:
+    if code == errno.EEXIST:
+        return ADVISED_TWICE
+    if code == errno.ENOMEM:
+        return NO_MEMORY
+    if code == errno.EOPNOTSUPP:
+        return vmas.explain(start, end)
+    return f"the agent refused it ({os.strerror(code)})"
