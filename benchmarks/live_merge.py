@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from pagefold.errors import PagefoldError
 from pagefold.live import control
 from pagefold.scenario.kernel_ksm import KernelKsm
 
@@ -72,20 +73,28 @@ def daemon() -> Iterator[tuple[Path, dict[str, str], int]]:
     """Run a daemon that stands still; yield its socket, what workers need in their environment, and its pid."""
     with tempfile.TemporaryDirectory() as folder:
         env = {"PAGEFOLD_SOCKET": str(Path(folder) / "daemon.sock")}
-        command = [sys.executable, "-m", "pagefold.cli", "serve"]
+        command = [sys.executable, "-c", "from pagefold.cli import command; command()", "serve"]
         for knob in FULL_SPEED:
             command += ["--knob", knob]
         process = subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.DEVNULL)
         path = Path(env["PAGEFOLD_SOCKET"])
         try:
             until = time.monotonic() + 120
-            while not control.serves(path):
+            while not answers(path):
                 assert process.poll() is None and time.monotonic() < until, "the daemon did not start"
                 time.sleep(0.05)
             yield path, env, process.pid
         finally:
             process.terminate()
             process.wait()
+
+
+def answers(path: Path) -> bool:
+    """Tell whether a daemon answers there; it compiles first, if it must."""
+    try:
+        return bool(control.ask(path, {"verb": "history"}, 120))
+    except PagefoldError:
+        return False
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> float:
@@ -239,7 +248,7 @@ def main() -> None:
     kernel = KernelKsm.why_not() is None
     result: dict[str, object] = {"mib": options.mib, "rounds": options.rounds}
     half = pages // 2
-    every = max(half // ISOLATED, 2)
+    every = max(-(-half // ISOLATED), 2)
     result["until_merged_long_runs"] = compare(
         options.rounds,
         lambda: ours_until_merged(half, 1),

@@ -1,6 +1,7 @@
 """Be a process whose pages are merged, for live_merge.py: fill memory, have it advised, and obey lines on standard input.
 
-usage: live_worker.py WHO PAGES SHARED SEED    WHO: pagefold, ksmd or nobody; SHARED: pages are equal to other workers' from 1 page in so many
+usage: live_worker.py WHO PAGES SHARED SEED
+WHO: pagefold, ksmd or nobody; SHARED: one page in so many is equal to the other workers'
 lines: "latency SO SECONDS GAP_NS" begins writing randomly, "stop" ends that and prints its figures, "quit"
 """
 

@@ -98,7 +98,8 @@ static void untrack_noted(void) {
 
 static void opened(void) {
     pf_agent_open_kit(-1);
-    pf_command_ring(PF_BELL_ARRAYS); /* there may be young ones already */
+    if (pf_array_any())
+        pf_command_ring(PF_BELL_ARRAYS);
 }
 
 static void closing(void) {

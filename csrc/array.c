@@ -442,8 +442,7 @@ bool pf_array_tick(void) {
             block->state = ADOPTING;
             adopting = block;
         } else {
-            ticking = block != NULL || cached_count > 0;
-            bool again = ticking;
+            bool again = ticking = block != NULL || cached_count > 0;
             pthread_mutex_unlock(&lock);
             return again;
         }
@@ -452,6 +451,14 @@ bool pf_array_tick(void) {
         if (adopted % FEW == FEW - 1 && !pf_command_breathe())
             return true;
     }
+}
+
+bool pf_array_any(void) {
+    pthread_mutex_lock(&lock);
+    bool any = oldest || cached_count || unsure;
+    ticking = any;
+    pthread_mutex_unlock(&lock);
+    return any;
 }
 
 void pf_array_before_fork(void) {

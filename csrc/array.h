@@ -8,6 +8,7 @@
 /* About once a second, in the command thread: advise what has lived long enough, give back a cache that nobody uses.
  * False: nothing to look after. */
 bool pf_array_tick(void);
+bool pf_array_any(void); /* there is something to look after, though nobody may have been there to hear it */
 void pf_array_before_fork(void);
 void pf_array_after_fork(bool child);
 

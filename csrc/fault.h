@@ -1,8 +1,14 @@
 /* Own the fault points: places where a test build (-DPF_FAULTS) can end or stop the process. A normal build has none.
  *
  * PAGEFOLD_FAULT="window:3" kills the process with SIGKILL at the first pass of point 3 of the windows, "window:3:7" at
- * the seventh; "stop-window:3" sends SIGSTOP instead. The points of a kind are numbered in the order of the protocol. A
- * new kind is a new name in PF_FAULT_KINDS and a constant.
+ * the seventh; "stop-window:3" sends SIGSTOP instead. A new kind is a new name in PF_FAULT_KINDS and a constant.
+ *
+ * window   1 before the run is registered  2 registered  3 moved to scratch  4 barrier passed  5 compared  6 a stretch mapped
+ *          to its slots  7 the others moved back  8 no registration left  9 all woken
+ * remap    1 before the run is registered  2 registered  3 writers held  4 compared  5 a stretch mapped to its new slots
+ *          6 no registration left
+ * restore  1 before a batch  2 writers held  3 the twin lives  4 pinned pages known  5 a run copied  6 an empty mapping in its
+ *          place  7 filled  8 no registration left  9 end of the batch
  */
 #ifndef PF_FAULT_H
 #define PF_FAULT_H

@@ -4,6 +4,7 @@
 #ifndef PF_KIT_H
 #define PF_KIT_H
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include "regions.h"
@@ -38,5 +39,16 @@ void pf_kit_barrier(void);
 bool pf_kit_put_back(int uffd, uint64_t run, uint64_t scratch, uint32_t pages);
 /* End the registration of a run with `uffd`, which also wakes all who wait in it, and track its writes again if asked. */
 void pf_kit_release(int uffd, uint64_t run, uint32_t pages, bool track);
+
+/* listener.c: the thread that reads events of `hold` during a pf_restore. Start and stop without W. */
+struct pf_listener {
+    bool runs;
+    uint32_t kit; /* number of the kit that it serves */
+    pthread_t thread;
+    int uffd, stop[2];
+};
+void pf_listener_start(struct pf_listener *listener); /* sets `runs` if it could */
+void pf_listener_stop(struct pf_listener *listener);
+bool pf_listener_serves(const struct pf_listener *listener); /* the kit as it is now; under W */
 
 #endif

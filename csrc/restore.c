@@ -34,12 +34,9 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <poll.h>
-#include <pthread.h>
 #include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <unistd.h>
 #include "fault.h"
 #include "kernel.h"
 #include "kit.h"
@@ -60,8 +57,6 @@ struct stretch {
 struct restore {
     bool held;       /* in this batch: the kit is there, threads may write */
     bool empty;      /* in this batch: way 5 of above, else 8 */
-    bool listening;  /* the listener runs, for the kit with this number: */
-    uint32_t kit;
     uint8_t *staging; /* LARGE_PAGES; of no child */
     uint64_t fresh;   /* what takes the place of runs, in this batch: begin of the unused rest, and its pages */
     uint64_t fresh_pages;
@@ -72,8 +67,7 @@ struct restore {
     uint64_t kept;   /* could not be given back */
     uint64_t failed; /* of those: not because they are pinned */
     uint64_t done;   /* given back */
-    pthread_t listener;
-    int uffd, stop[2]; /* of the listener */
+    struct pf_listener listener;
 };
 
 static void *address(uint64_t start) {
@@ -86,54 +80,6 @@ static uint64_t *where_of(const struct restore *restore, uint64_t start) {
 
 static bool is_private(uint64_t entry) {
     return entry & PF_PM_PRESENT && !(entry & PF_PM_FILE);
-}
-
-/* Read events of the hold userfaultfd, which lets mremap return. Faults are read too, and waited for nowhere: the end of
- * the registration wakes their threads. */
-static void *listen_to_events(void *argument) {
-    const struct restore *restore = argument;
-    struct pollfd ready[2] = {{.fd = restore->uffd, .events = POLLIN}, {.fd = restore->stop[0], .events = POLLIN}};
-    uint64_t message[4]; /* struct uffd_msg: 32 bytes */
-    while (!ready[1].revents)
-        if (poll(ready, 2, -1) > 0 && ready[0].revents && read(restore->uffd, message, sizeof message) < 0 &&
-            errno == EBADF)
-            break;
-    return NULL;
-}
-
-/* A descriptor of its own keeps the listener apart from a kit that is closed meanwhile. */
-static void start_listener(struct restore *restore) {
-    pthread_attr_t attributes;
-    pf_w_lock();
-    restore->kit = pf_kit.number;
-    restore->uffd = pf_kit.ready ? dup(pf_kit.hold) : -1;
-    pf_w_unlock();
-    if (restore->uffd < 0)
-        return;
-    if (pipe(restore->stop)) {
-        close(restore->uffd);
-        return;
-    }
-    pthread_attr_init(&attributes);
-    pthread_attr_setstacksize(&attributes, 256 * 1024);
-    restore->listening = !pthread_create(&restore->listener, &attributes, listen_to_events, restore);
-    pthread_attr_destroy(&attributes);
-    if (!restore->listening) {
-        close(restore->uffd);
-        close(restore->stop[0]);
-        close(restore->stop[1]);
-    }
-}
-
-static void stop_listener(struct restore *restore) {
-    if (!restore->listening)
-        return;
-    while (write(restore->stop[1], "", 1) < 0 && errno == EINTR)
-        ;
-    pthread_join(restore->listener, NULL);
-    close(restore->uffd);
-    close(restore->stop[0]);
-    close(restore->stop[1]);
 }
 
 /* Memory for `pages` without any page in it, also after mlockall. */
@@ -387,7 +333,7 @@ static void restore_all(struct restore *restore, uint64_t from, uint64_t end, bo
         pf_w_lock_window();
         restore->region = pf_region_find_at(from);
         restore->held = pf_kit.ready;
-        restore->empty = restore->held && restore->listening && restore->kit == pf_kit.number;
+        restore->empty = restore->held && pf_listener_serves(&restore->listener);
         if (!restore->region) {
             pf_w_unlock();
             return;
@@ -415,14 +361,14 @@ int64_t pf_restore(uint64_t start, uint64_t pages, int plain) {
     if (restore.staging) {
         madvise(restore.staging, LARGE_PAGES * (size_t)PF_PAGE, MADV_DONTFORK);
         madvise(restore.staging, LARGE_PAGES * (size_t)PF_PAGE, MADV_NOHUGEPAGE);
-        start_listener(&restore);
+        pf_listener_start(&restore.listener);
     }
     restore_all(&restore, start, start + pages * PF_PAGE, plain);
     if (restore.failed && restore.done) { /* at the limit on mappings: what was given back made room */
         restore.kept = restore.failed = 0;
         restore_all(&restore, start, start + pages * PF_PAGE, plain);
     }
-    stop_listener(&restore);
+    pf_listener_stop(&restore.listener);
     if (restore.staging)
         munmap(restore.staging, LARGE_PAGES * (size_t)PF_PAGE);
     return (int64_t)restore.kept;

@@ -61,40 +61,31 @@ def run(
         troubles = _let_go(daemon)
     except BaseException:
         if daemon:
-            daemon.let_go(_PATIENCE)
+            daemon.let_go()
         raise
-    if as_json:
-        from pagefold.view.live import savings_json
+    try:
+        if as_json:
+            from pagefold.view.live import savings_json
 
-        said = savings_json(savings, command=command, exit_code=code, seconds=round(seconds, 2), domain=name)
-        print(json.dumps({**said, "troubles": troubles}), file=sys.stderr)
-    else:
-        from pagefold.view.live import draw_savings
+            said = savings_json(savings, command=command, exit_code=code, seconds=round(seconds, 2), domain=name)
+            lines = [json.dumps({**said, "troubles": troubles})]
+        else:
+            from pagefold.view.live import draw_savings
 
-        for line in [*draw_savings(savings), *troubles]:
-            print(f"pagefold: {line}", file=sys.stderr)
+            lines = [f"pagefold: {line}" for line in [*draw_savings(savings), *troubles]]
+    except (
+        Exception
+    ) as error:  # whatever a daemon of another version says: the command's exit code is what the caller waits for
+        lines = [f"pagefold: what was saved cannot be told: the daemon's answer is not as expected ({error!r})"]
+    print(*lines, sep="\n", file=sys.stderr)
     raise typer.Exit(code)
-
-
-_PATIENCE = 3.0  # seconds for a daemon without clients to end
 
 
 def _let_go(daemon: Started | None) -> list[str]:
     """Let a daemon of ours end; return what must be told about it."""
-    from pagefold.errors import PagefoldError
-    from pagefold.live.control import ask
-
     if daemon is None:
         return []
-    if why := daemon.ended():
-        daemon.let_go(_PATIENCE)
-        return [f"the daemon had ended early, and nothing was merged since: {why}"]
-    if daemon.let_go(_PATIENCE):
-        return []
-    try:
-        clients = ask(daemon.path, {"verb": "clients"}, 1.0)["clients"]
-    except PagefoldError:
-        clients = []
-    if clients:
-        return [f"processes of the command still run; their daemon (PID {daemon.pid}) ends with the last of them"]
-    return [f"the daemon (PID {daemon.pid}) is still busy, and ends when it is done"]
+    early, why = daemon.ended(), daemon.let_go()
+    if early:
+        return [f"the daemon had ended early, and nothing was merged since: {early}"]
+    return [why] if why else []

@@ -70,12 +70,15 @@ def find(thing: Any, moving: Callable[[int, int], None]) -> Found:
     From now on `moving(address, bytes)` is called before torch moves a tensor's memory elsewhere, by whatever thread does that.
     """
     walk = _Walk(moving)
-    if not walk.visit(thing):
-        raise UsageError(
-            f"a {type(thing).__name__} has no memory that could be merged; give an array, a DataFrame, a tensor, a buffer, "
-            "or a dict, list or tuple of those"
-        )
-    return walk.cut()
+    try:
+        if walk.visit(thing):
+            return walk.cut()
+    finally:
+        walk.kinds.clear()  # they refer to the walk, and it to exports that would then stay until the collector comes
+    raise UsageError(
+        f"a {type(thing).__name__} has no memory that could be merged; give an array, a DataFrame, a tensor, a buffer, "
+        "or a dict, list or tuple of those"
+    )
 
 
 class _Walk:

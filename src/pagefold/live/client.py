@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def advise(thing: Any) -> Handle:
         # What merge did to them before ended when they were advised, and nobody else does it again.
         for region in hold.begun_anew:
             _client.library.merge(region.number)
+    hold.begun_anew.clear()
     why_not = dict(found.why_not)
     for reason, pages in hold.why_not.items():
         why_not[reason] = why_not.get(reason, 0) + pages
@@ -183,6 +185,7 @@ class _Client:
     def __init__(self) -> None:
         self.library = agent.library()
         self.agent = agent.Agent(self.library)
+        self.advise: Callable[[int, int, int], int] = self.library.functions.pf_advise
         self.holds = Holds(self)
         self.why = ""  # there is no daemon, if that is because its socket cannot be named
         self.waiting = False  # for NumPy
@@ -238,10 +241,6 @@ class _Client:
         self.holds.let_go(address, size)
 
     # --- what holds ask of the agent ------------------------------------------------------------------------------------------
-
-    def advise(self, start: int, size: int, *, quietly: bool) -> int:
-        """Begin a region."""
-        return self.library.advise(start, size, quietly=quietly)
 
     def unadvise(self, region: int, *, quietly: bool) -> int:
         """End a region. `quietly`: nobody writes to it meanwhile."""

@@ -59,8 +59,9 @@ class Report:
 
         Returns how many pages stay in a mapping of the store's file, though private: pinned by a device.
         """
-        hold, self._hold = self._hold, None
-        return self._release(hold) if hold and self._release else 0
+        stayed = self._release(self._hold) if self._hold and self._release else 0
+        self._hold = None
+        return stayed
 
     def refuse(self, why_not: dict[str, int]) -> None:
         """Count pages that were not merged in."""
@@ -141,8 +142,9 @@ class Handle:
 
     def release(self) -> int:
         """Let the memory go, as `pagefold.unadvise` does. May be called again."""
-        hold, self._hold = self._hold, None
-        return self._release(hold) if hold else 0
+        stayed = self._release(self._hold) if self._hold else 0
+        self._hold = None
+        return stayed
 
     def __enter__(self) -> Handle:
         """Advise for the length of a block."""

@@ -17,6 +17,7 @@ Must not know: kinds of buffers, reports.
 
 from __future__ import annotations
 
+import _thread
 import bisect
 import errno
 import os
@@ -29,14 +30,16 @@ from pagefold.live.buffers import PAGE, Piece
 from pagefold.live.turn import Turn
 
 ADVISED_TWICE = "advised by the memory handler of enable() already"
+_TRIES = 3
 NO_MEMORY = "no memory for one more region, or the limit on mappings is reached (vm.max_map_count)"
 
 
 class Agent(Protocol):
     """What is asked of the agent. Negative answers are errno."""
 
-    def advise(self, start: int, size: int, *, quietly: bool) -> int:
-        """Begin a region and return its number."""
+    advise: Callable[
+        [int, int, int], int
+    ]  # begin a region (start, size, quietly) and return its number; best no Python code
 
     def unadvise(self, region: int, *, quietly: bool) -> int:
         """End a region, its pages private and anonymous; return how many could not be. `quietly`: nobody writes to it meanwhile."""
@@ -180,20 +183,34 @@ class Holds:
         for low, high, reason in list(vmas.split([(start, end)] if start < end else [])):
             if reason:
                 hold.refuse(reason, (high - low) // PAGE)
-            elif region := self._begin(low, high, [hold], quiet=hold.quiet):
-                self._join(region, hold, [(low, high)], watch)
+                continue
+            region = self._begin(low, high, {hold: [(low, high)]}, quiet=hold.quiet)
+            if region and watch is not None:
+                self._attach(region, watch)
 
-    def _begin(self, start: int, end: int, holds: list[Hold], *, quiet: bool) -> Region | None:
-        number = self._agent.advise(start, end - start, quietly=quiet)
-        if number <= 0:
-            reason = _why_refused(-number, start, end)
-            for hold in holds:
-                hold.refuse(reason, (end - start) // PAGE)
-            return None
-        region = Region(start, end, number, quiet=quiet)
-        bisect.insort(self._starts, start)
-        self._regions[start] = region
-        return region
+    def _begin(self, start: int, end: int, holds: dict[Hold, list[tuple[int, int]]], *, quiet: bool) -> Region | None:
+        """Make a region that these holds want, each these pages of it."""
+        numbers: list[int] = []
+        region = Region(start, end, 0, quiet=quiet)
+        try:
+            # In one go, so that not even Ctrl-C comes between the agent's answer and our knowing it.
+            numbers += map(self._agent.advise, (start,), (end - start,), (int(quiet),))
+            region.number = numbers[0]
+            if region.number > 0:
+                self._regions[start] = region
+                bisect.insort(self._starts, start)
+                for hold, spans in holds.items():
+                    self._join(region, hold, spans, None)
+                return region
+        except BaseException:
+            if numbers and numbers[0] > 0:
+                region.number = numbers[0]
+                self._drop(region)
+            raise
+        reason = _why_refused(-region.number, start, end)
+        for hold in holds:
+            hold.refuse(reason, region.pages)
+        return None
 
     def _join(self, region: Region, hold: Hold, spans: list[tuple[int, int]], watch: _Watch | None) -> None:
         region.holds.setdefault(hold, []).extend(spans)
@@ -208,35 +225,39 @@ class Holds:
 
     def _remake(self, region: Region, spans: list[tuple[int, int]], *, quiet: bool) -> int:
         """End a region and begin others with its holds: the agent cannot change one. Its merged pages begin anew."""
+        watches = [*region.watches]
         stayed = self._drop(region)
         for low, high in spans:
-            made = self._begin(low, high, [*region.holds], quiet=quiet)
-            if not made:
-                continue
-            for hold, wanted in region.holds.items():
-                inside = [(max(a, low), min(b, high)) for a, b in wanted if a < high and low < b]
-                if inside:
-                    self._join(made, hold, inside, None)
-            for watch in region.watches:
-                self._attach(made, watch)
+            wanted = {
+                hold: [(max(a, low), min(b, high)) for a, b in spans if a < high and low < b]
+                for hold, spans in region.holds.items()
+            }
+            made = self._begin(low, high, {hold: spans for hold, spans in wanted.items() if spans}, quiet=quiet)
+            if made:
+                for watch in watches:
+                    self._attach(made, watch)
         return stayed
 
     def _drop(self, region: Region) -> int:
         """End a region, its pages private and anonymous; returns how many could not be."""
         if region.dead:
             return 0
-        region.dead = True
         stayed = self._agent.unadvise(region.number, quietly=region.quiet)
+        region.dead = True
         self._remove(region)
-        for watch in list(region.watches):
+        watches = [*region.watches]
+        region.watches.clear()
+        for watch in watches:
             watch.regions.discard(region)
             self._drop_unused(watch)
         return max(stayed, 0)
 
     def _remove(self, region: Region) -> None:
         if self._regions.get(region.start) is region:
+            place = bisect.bisect_left(self._starts, region.start)
+            if self._starts[place : place + 1] == [region.start]:
+                del self._starts[place]
             del self._regions[region.start]
-            del self._starts[bisect.bisect_left(self._starts, region.start)]
         for hold in region.holds:
             hold.regions.discard(region)
 
@@ -274,16 +295,22 @@ class Holds:
 
     def _gone(self, watch: _Watch) -> None:
         """End the regions of an array that goes: called by its weak reference, in any thread, in the middle of anything."""
-        if self.closed:
-            return
-        for region in list(watch.regions):
-            if not region.dead:
-                region.dead = True
-                if watch.dies:
-                    self._agent.discard(region.number)
-                else:
-                    self._agent.unadvise(region.number, quietly=True)
+        interrupted = False
+        for region in () if self.closed else [*watch.regions]:
+            while not region.dead:
+                try:
+                    if watch.dies:
+                        self._agent.discard(region.number)
+                    else:
+                        self._agent.unadvise(region.number, quietly=True)
+                    region.dead = True
+                except (
+                    BaseException
+                ):  # Ctrl-C: from here it would get no further, and the memory is not to be freed before this is done
+                    interrupted = True
         self.turn.try_run(lambda: self._sweep(watch))
+        if interrupted:  # from here it would be lost
+            _thread.start_new_thread(_thread.interrupt_main, ())
 
     def _sweep(self, watch: _Watch) -> None:
         for region in list(watch.regions):

@@ -62,18 +62,29 @@ class Started:
         lines = self._errors.read(_MOST_SAID).decode(errors="replace").strip().splitlines()
         return lines[-1].removeprefix("pagefold: ") if lines else ""
 
-    def let_go(self, patience: float) -> bool:
-        """Close our end; True if it ended within so many seconds, and nothing of it is left. Else it ends with its last client."""
+    def let_go(self, patience: float = 30.0) -> str:
+        """Close our end; "" once it has ended and nothing of it is left, else why it goes on: it ends by itself later.
+
+        Waits no longer than `patience` seconds, and only moments if it has clients.
+        """
         if self._pipe >= 0:
             os.close(self._pipe)
             self._pipe = -1
-        try:
-            self.process.wait(patience)
-        except subprocess.TimeoutExpired:
-            return False
+        until, seen = time.monotonic() + patience, 0
+        while self.process.poll() is None:
+            with contextlib.suppress(PagefoldError):
+                count = len(control.ask(self.path, {"verb": "clients"}, 1.0)["clients"])
+                seen = seen + 1 if count else 0
+                if seen > _LOOKS:
+                    processes = "a process still uses" if count == 1 else f"{count} processes still use"
+                    return f"{processes} the daemon (PID {self.pid}); it ends with the last of them"
+            if time.monotonic() > until:
+                return f"the daemon (PID {self.pid}) is still busy, and ends when it is done"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_BETWEEN_LOOKS / 2)
         domain.sweep(self.path)
         self._errors.close()
-        return True
+        return ""
 
 
 def start(name: str, knobs: Mapping[str, str]) -> Started:
@@ -108,7 +119,7 @@ def start(name: str, knobs: Mapping[str, str]) -> Started:
                 )
             time.sleep(_POLL)
     except BaseException:
-        started.let_go(0)
+        started.let_go(0.0)
         raise
     return started
 

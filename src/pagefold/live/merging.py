@@ -9,6 +9,8 @@ what the mirror wanted and the window refused is taken back in the mirror, and l
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import numpy as np
 
 from pagefold.live import messages
@@ -16,7 +18,7 @@ from pagefold.live.looking import Looking
 from pagefold.live.messages import PAGE
 from pagefold.live.mirror import Mirror
 from pagefold.live.peer import MOST_PAGES, MOST_REGIONS, Batch, Counts, Peer
-from pagefold.live.planner import Run, runs_of, within_budget
+from pagefold.live.planner import Run, pages_of, runs_of, within_budget
 from pagefold.live.region import FOREVER, SHIFT, Int64, Region
 from pagefold.live.slots import Slots, Source
 from pagefold.live.store import Store, StoreFull
@@ -105,11 +107,15 @@ class Merging:
         self.stir()
 
     def sync(self, peer: Peer, region: Region) -> None:
-        """Try everything in a region anew, whatever was refused before."""
+        """Try everything in a region anew, whatever was refused before; and what others gave to merge, where windows are safe."""
         self.syncing.add(region)
-        held = np.flatnonzero((region.held_until > 0) & ~region.broken)
-        region.held_until[held] = 1
-        region.refusals[held] = 0
+        others = (
+            other for one in self.peers.values() if one.windows_safe for other in one.regions.values() if other.quiet
+        )
+        for other in {region, *others}:
+            held = np.flatnonzero((other.held_until > 0) & ~other.broken)
+            other.held_until[held] = 1
+            other.refusals[held] = 0
         self.stir()
 
     def stir(self) -> None:
@@ -260,8 +266,8 @@ class Merging:
                 self._send(peer, part)
 
     def _may_ask(self, peer: Peer, region: Region) -> bool:
-        """Tell whether windows may be asked for in a region now."""
-        return region in self.syncing or (peer.windows_safe and not region.quiet)
+        """Tell whether windows may be asked for in a region now: a quiet one is for the time in which somebody waits in merge."""
+        return region in self.syncing or (peer.windows_safe and bool(self.syncing or not region.quiet))
 
     def _introduce(self, peer: Peer, runs: list[Run]) -> bool:
         """Send a client the descriptors of extents that are new to it; False if we have none left."""
@@ -279,12 +285,12 @@ class Merging:
 
     def _send(self, peer: Peer, runs: list[Run]) -> None:
         batch = Batch([], [], [])
-        for run in runs:
-            batch.regions.append(run.region)
-            batch.indices.append(np.arange(run.index, run.index + run.pages, dtype=np.int64))
-            ascending = np.arange(run.pages) if run.target > 0 else 0
-            batch.targets.append(np.full(run.pages, run.target, np.int64) + ascending)
-            run.region.wanted[batch.indices[-1]] = batch.targets[-1]
+        for region, group in groupby(runs, key=lambda run: run.region):
+            index, target = pages_of(list(group))
+            batch.regions.append(region)
+            batch.indices.append(index)
+            batch.targets.append(target)
+            region.wanted[index] = target
         plain = not peer.windows_safe
         peer.ask(batch, [run.record for run in runs], plain=plain)
 
@@ -302,13 +308,14 @@ class Merging:
             region.stayed(index[~done], target[~done])
             region.refusals[index[done]] = 0
             region.status[index[done]] = status[done]
-            if target[0] == 0:  # private again: whatever held a page back is over
-                region.held_until[index[done]] = 1
+            private, refused = done & (target == 0), ~done & (target != 0)
+            if private.any():  # whatever held a page back is over
+                region.held_until[index[private]] = 1
                 region.holds = True
-            if (status == messages.MERGED).any() and target[0] != 0:
+            if ((status == messages.MERGED) & ~private).any():
                 self.stir()
-            if not done.all() and target[0] != 0:
-                self.refused(peer, region, index[~done], status[~done])
+            if refused.any():
+                self.refused(peer, region, index[refused], status[refused])
 
     def refused(
         self, peer: Peer, region: Region, index: Int64, status: np.ndarray[tuple[int], np.dtype[np.uint8]]

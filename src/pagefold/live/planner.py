@@ -50,6 +50,14 @@ def runs_of(region: Region, index: Int64, target: Int64) -> list[Run]:
     return runs
 
 
+def pages_of(runs: list[Run]) -> tuple[Int64, Int64]:
+    """Return the pages of runs of one region, and what each shall map: what `runs_of` began with."""
+    first, pages, target = (np.array([getattr(run, name) for run in runs]) for name in ("index", "pages", "target"))
+    within = np.arange(pages.sum()) - np.repeat(np.cumsum(pages) - pages, pages)
+    wanted = np.repeat(target, pages)
+    return np.repeat(first, pages) + within, np.where(wanted > 0, wanted + within, wanted)
+
+
 def costs_mappings(run: Run) -> int:
     """Return how many mappings (VMAs) a run of slots adds at most: none where it continues what is beside it, two if it stands alone."""
     if run.target <= 0:

@@ -16,7 +16,9 @@ from pagefold.live import control
 
 _INTERVAL = 0.5  # seconds between two questions
 _SHARE = 20  # the daemon spends at most one part in so many on our questions
+_LONGEST = 10.0  # seconds between two questions at most
 _PATIENCE = 5.0
+_MOST_HELD = 0.9  # of the most memory that was ever advised: with less the command is winding down
 
 
 @dataclass
@@ -25,11 +27,10 @@ class Savings:
 
     peak_saved_bytes: int = 0
     peak_seconds: float | None = None
-    saved_bytes: int = 0  # when last asked while there were clients
+    saved_bytes: int = 0  # when last asked before the command gave its memory back
     settled_seconds: float | None = None  # the first time that something was saved and nothing more could be
-    stat: dict[str, Any] = field(
-        default_factory=dict
-    )  # the daemon's last answer with clients; empty if there never were any
+    stat: dict[str, Any] = field(default_factory=dict)  # the daemon's answer then; empty if there never were clients
+    most_tracked_bytes: int = 0
 
     def take(self, stat: dict[str, Any], seconds: float) -> None:
         """Note an answer that came so long after the start."""
@@ -38,7 +39,9 @@ class Savings:
             when = at + offset
             if saved > self.peak_saved_bytes and when >= 0:
                 self.peak_saved_bytes, self.peak_seconds = saved, round(when, 2)
-        if not stat["clients"]:
+        tracked = stat["tracked_bytes"]
+        self.most_tracked_bytes = max(self.most_tracked_bytes, tracked)
+        if not stat["clients"] or tracked < self.most_tracked_bytes * _MOST_HELD:
             return
         self.stat = stat
         self.saved_bytes = stat["saved_bytes"]
@@ -71,17 +74,24 @@ class Sampler:
         return self.savings
 
     def _run(self) -> None:
-        pause = _INTERVAL
+        pause, before = _INTERVAL, 0.0
         while not self._end.wait(pause):
-            pause = max(_INTERVAL, self._ask() * _SHARE)
+            spent = self._ask()
+            # One slow answer says little: the daemon was starting, or busy with something else.
+            pause = min(max(_INTERVAL, min(spent, before) * _SHARE), _LONGEST)
+            before = spent
 
     def _ask(self) -> float:
         """Ask once; returns how long the answer took."""
         began = time.monotonic()
         try:
             stat = control.ask(self._path, {"verb": "stat"}, _PATIENCE)
-        except PagefoldError:  # it is busy, or gone: then what we know stays
-            return time.monotonic() - began
-        now = time.monotonic()
-        self.savings.take(stat, now - self._began)
-        return now - began
+            self.savings.take(stat, time.monotonic() - self._began)
+        except (
+            PagefoldError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ):  # busy, gone, or of another version: what we know stays
+            pass
+        return time.monotonic() - began

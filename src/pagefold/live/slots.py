@@ -129,6 +129,7 @@ class Slots:
 
     def fill(self, sources: Sequence[Source]) -> None:
         """Give every frame a slot on its node and fill it; one whose page cannot be read, or changed, gets none. Raises StoreFull."""
+        self._grow()
         for source in sources:
             nodes = self.mirror.nodes_of(source.frames)
             for node in np.unique(nodes).tolist():

@@ -52,7 +52,6 @@ FIELDS: dict[str, Field] = {
         Field("broken_pages", "pages", "merged once, written since"),
         Field("refused_pages", "pages", "left alone for a while, because a window could not swap them"),
         Field("mappings", "count", "mappings that the advised memory is made of"),
-        Field("regions", "count", "ranges of memory that were advised"),
     )
 }
 

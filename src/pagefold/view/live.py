@@ -98,20 +98,21 @@ def _state(stat: dict[str, Any]) -> str:
 
 
 def _clients(clients: Sequence[dict[str, Any]]) -> Table:
-    several = len({node for client in clients for node in client["node_pages"]}) > 1
+    nodes = sorted({node for client in clients for node in client["node_pages"]}, key=int)
     table = Table(title="Clients", title_justify="left")
-    table.add_column("pid", justify="right")
+    table.add_column("pid", justify="right", no_wrap=True)
     table.add_column("command", no_wrap=True, overflow="ellipsis", ratio=1)
     for title in COLUMNS.values():
         table.add_column(title, justify="right")
-    if several:
-        table.add_column("pages by node", justify="right")
-    table.add_column("background")
+    for node in nodes if len(nodes) > 1 else []:
+        table.add_column(f"on node {node}", justify="right")
+    table.add_column("in the background")
     for client in clients:
         figures = [show(name, client.get(name, 0)) for name in COLUMNS]
-        nodes = [", ".join(f"{node}: {pages:,}" for node, pages in client["node_pages"].items())] if several else []
-        background = Text("on" if client["background"] else "off")
-        table.add_row(str(client["pid"]), Text(one_line(client["command"])), *figures, *nodes, background)
+        figures += [f"{client['node_pages'].get(node, 0):,}" for node in nodes if len(nodes) > 1]
+        table.add_row(
+            str(client["pid"]), Text(one_line(client["command"])), *figures, "yes" if client["background"] else "no"
+        )
     return table
 
 
