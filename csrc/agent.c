@@ -63,35 +63,39 @@ void pf_agent_kit(uint32_t *windows_safe, int32_t *why_errno, char why[PF_TEXT])
     pthread_mutex_unlock(&kit_lock);
 }
 
-/* --- tracking that ends late -------------------------------------------------------------------------------------- */
+/* --- regions that end late ---------------------------------------------------------------------------------------- */
 
-/* Memory that was discarded is still registered for tracking; only the command thread can end that. It does so before it
- * tracks anything anew, so that memory which was given back and advised again is never the one that loses its tracking. If
- * there are more than fit, the rest stays registered, which only costs mappings. */
+/* Memory that was discarded is still registered for tracking, and only the command thread can end that; until then its
+ * region stays, closed. The thread does so before it adds a region, so memory that was given back and is advised again is
+ * neither found taken nor loses its tracking. If there are more than fit, the rest stays registered, which only costs
+ * mappings. */
 #define NOTES 256u
 static pthread_mutex_t notes_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct note {
-    uint64_t start, bytes;
-} notes[NOTES];
+static int64_t notes[NOTES];
 static uint32_t note_count;
 
-static void note_untrack(uint64_t start, uint64_t bytes) {
+static bool note(int64_t region) {
     pthread_mutex_lock(&notes_lock);
-    if (note_count < NOTES)
-        notes[note_count++] = (struct note){start, bytes};
+    bool room = note_count < NOTES;
+    if (room)
+        notes[note_count++] = region;
     pthread_mutex_unlock(&notes_lock);
-    pf_command_ring(PF_BELL_TRACK);
+    return room;
 }
 
-static void untrack_noted(void) {
-    struct note taken[NOTES];
+static void end_noted(void) {
+    int64_t taken[NOTES];
+    struct pf_region region;
     pthread_mutex_lock(&notes_lock);
     uint32_t count = note_count;
     memcpy(taken, notes, count * sizeof *notes);
     note_count = 0;
     pthread_mutex_unlock(&notes_lock);
     for (uint32_t i = 0; i < count; i++)
-        pf_untrack(taken[i].start, taken[i].bytes);
+        if (pf_region_get(taken[i], &region)) {
+            pf_untrack(region.start, region.pages * PF_PAGE);
+            pf_region_remove(taken[i]);
+        }
 }
 
 /* --- the command thread ------------------------------------------------------------------------------------------- */
@@ -112,7 +116,7 @@ static void ring(uint32_t bells) {
     if (bells & PF_BELL_LINK)
         pf_link_kick();
     if (bells & PF_BELL_TRACK)
-        untrack_noted();
+        end_noted();
     if (bells & PF_BELL_STORE)
         pf_embedded_collect();
 }
@@ -124,9 +128,9 @@ static int64_t do_go(struct pf_job *job) {
 }
 
 int64_t pf_agent_advise(uint64_t start, uint64_t bytes, uint32_t quietly, uint32_t vma) {
+    end_noted();
     int64_t region = pf_region_add(start, bytes, quietly, vma);
     if (region > 0) {
-        untrack_noted();
         pf_track(start, bytes);
         pf_link_kick();
     }
@@ -134,6 +138,7 @@ int64_t pf_agent_advise(uint64_t start, uint64_t bytes, uint32_t quietly, uint32
 }
 
 static int64_t do_advise(struct pf_job *job) {
+    end_noted(); /* what we still track of earlier does not look suitable */
     int suits = pf_suitable(job->start, job->bytes, NULL);
     if (suits < 0) {
         /* Memory that is advised already does not look suitable once it is merged: that is the better answer then. */
@@ -190,7 +195,6 @@ static void after_fork_in_child(void) {
     kit_errno = 0;
     kit_why[0] = 0;
     pthread_mutex_init(&notes_lock, NULL);
-    note_count = 0; /* registrations are not inherited */
     pf_command_child();
     pf_link_child();
     pf_embedded_child();
@@ -267,10 +271,12 @@ int64_t pf_unadvise_plainly(int64_t region) {
 }
 
 int pf_forget(int64_t region) {
+    struct pf_region about;
     if (!at_home())
         return -ECHILD;
-    if (pf_region_close(region)) /* from here on no window is in it */
+    if (!pf_region_get(region, &about) || about.closing || pf_region_close(region))
         return -ENOENT;
+    /* From here on no window is in it. */
     pf_announce_gone(region);
     int error = pf_region_remove(region);
     pf_command_ring(PF_BELL_LINK | PF_BELL_STORE);
@@ -312,10 +318,9 @@ int64_t pf_discard(int64_t id) {
             }
         }
     }
-    if (region.tracked)
-        note_untrack(region.start, region.pages * PF_PAGE);
-    pf_region_remove(id);
-    pf_command_ring(PF_BELL_LINK | PF_BELL_STORE);
+    if (!region.tracked || !note(id))
+        pf_region_remove(id);
+    pf_command_ring(PF_BELL_LINK | PF_BELL_STORE | PF_BELL_TRACK);
     return left;
 }
 

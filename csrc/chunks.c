@@ -24,7 +24,7 @@ static struct here {
     uint32_t number; /* 0: not open here */
     int fd;
     uint8_t *bytes; /* read-only, shared; not there in forked children */
-    uint32_t low, high; /* looked at */
+    bool looked;    /* at some of it, since pf_chunks_drop */
     bool used;          /* after pf_chunks_mark: pages here map it */
 } chunks[PF_CHUNKS];
 static int32_t me = -1; /* our place among the members */
@@ -188,10 +188,7 @@ struct pf_target pf_chunk_target(uint32_t number, uint32_t slot, uint32_t count)
         struct here *here = &chunks[place];
         if (here->number != number)
             continue;
-        if (here->high == here->low)
-            here->low = slot;
-        here->low = slot < here->low ? slot : here->low;
-        here->high = slot + count > here->high ? slot + count : here->high;
+        here->looked = true;
         const uint8_t *at = here->bytes + (size_t)slot * PF_PAGE;
         madvise((void *)at, (size_t)count * PF_PAGE, PF_MADV_POPULATE_READ); /* before the window rather than in it */
         return (struct pf_target){extent_of(number), slot, here->fd, at, (uint64_t)slot * PF_PAGE};
@@ -202,10 +199,9 @@ struct pf_target pf_chunk_target(uint32_t number, uint32_t slot, uint32_t count)
 void pf_chunks_drop(void) {
     for (uint32_t place = 0; place < PF_CHUNKS; place++) {
         struct here *here = &chunks[place];
-        if (here->number && here->high > here->low)
-            madvise(here->bytes + (size_t)here->low * PF_PAGE, (size_t)(here->high - here->low) * PF_PAGE,
-                    MADV_DONTNEED);
-        here->low = here->high = 0;
+        if (here->number && here->looked) /* all of it: the kernel also mapped the neighbours of what we looked at */
+            madvise(here->bytes, CHUNK_BYTES, MADV_DONTNEED);
+        here->looked = false;
     }
 }
 

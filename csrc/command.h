@@ -29,7 +29,7 @@ enum pf_bell {
     PF_BELL_LINK = 1,   /* the link has something to do */
     PF_BELL_ARRAYS = 2, /* array.c has young blocks or a cache: look after a while */
     PF_BELL_STORE = 4,  /* regions went: chunks of the embedded store may be unused now */
-    PF_BELL_TRACK = 8,  /* memory need not be tracked any more */
+    PF_BELL_TRACK = 8,  /* regions that end late (agent.c) */
 };
 
 /* Where bells and the thread's beginning and end lead to; set once, before the first start. */

@@ -67,7 +67,7 @@ int pf_extent_take(uint32_t theirs, uint32_t slots, int fd) {
             madvise(at, (size_t)slots * PF_PAGE, MADV_DONTDUMP);
         }
     }
-    table[used++] = (struct pf_extent_view){theirs, ++numbers, slots, fd, bytes, 0, 0};
+    table[used++] = (struct pf_extent_view){theirs, ++numbers, slots, fd, bytes, false};
     return 0;
 }
 
@@ -82,23 +82,16 @@ struct pf_extent_view *pf_extent_find(uint32_t theirs) {
 }
 
 bool pf_extent_look(struct pf_extent_view *extent, uint32_t slot, uint32_t count) {
-    if (extent->high == extent->low) {
-        extent->low = slot;
-        extent->high = slot + count;
-    } else {
-        extent->low = slot < extent->low ? slot : extent->low;
-        extent->high = slot + count > extent->high ? slot + count : extent->high;
-    }
+    extent->looked = true;
     return madvise((void *)(extent->bytes + (size_t)slot * PF_PAGE), (size_t)count * PF_PAGE, PF_MADV_POPULATE_READ) ==
                0 ||
            errno == EINVAL; /* before Linux 5.14: the window's own read does it */
 }
 
 static void drop(struct pf_extent_view *extent) {
-    if (extent->high > extent->low)
-        madvise((void *)(extent->bytes + (size_t)extent->low * PF_PAGE),
-                (size_t)(extent->high - extent->low) * PF_PAGE, MADV_DONTNEED);
-    extent->low = extent->high = 0;
+    if (extent->looked) /* all of it: the kernel also mapped the neighbours of what we looked at */
+        madvise((void *)extent->bytes, (size_t)extent->slots * PF_PAGE, MADV_DONTNEED);
+    extent->looked = false;
 }
 
 void pf_extents_drop(void) {

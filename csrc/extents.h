@@ -16,14 +16,14 @@ struct pf_extent_view {
     uint32_t slots;
     int fd;               /* -1: it could not be kept (limits); runs to it are answered PF_NO_VMA */
     const uint8_t *bytes; /* all slots, mapped read-only and shared */
-    uint32_t low, high;   /* slots looked at since pf_extents_drop: [low, high) */
+    bool looked;          /* at some of it, since pf_extents_drop */
 };
 
 /* Take an extent over. The descriptor is ours from now on. -EINVAL: it is no sealed memory file of this size, or the number
  * is taken; the daemon talks nonsense. An extent that only our limits keep out is taken without a view (fd -1). */
 int pf_extent_take(uint32_t theirs, uint32_t slots, int fd);
 struct pf_extent_view *pf_extent_find(uint32_t theirs);
-/* Read slots into the page cache's side of the view now: false where that cannot be (then a window would end in SIGBUS). */
+/* Map slots in the view now, so that a window need not: false where that cannot be (then a window would end in SIGBUS). */
 bool pf_extent_look(struct pf_extent_view *extent, uint32_t slot, uint32_t count);
 /* Unmap again what was looked at: a client's memory must not count slots that no page of it maps. */
 void pf_extents_drop(void);

@@ -20,6 +20,10 @@
 #define PF_UFFD_FEATURE_WP_ASYNC (1ull << 15)
 #define PF_UFFD_FEATURE_MOVE (1ull << 16)
 
+/* Whether this system call may be tried: a seccomp filter may end the process for it, as systemd's do. Only a process with
+ * a filter pays for the answer: a child that shares its memory tries first, with arguments that are refused. */
+bool pf_call_allowed(long number);
+
 /* Open a userfaultfd that also serves faults in kernel mode, non-blocking, with these features: by userfaultfd(2), by
  * /dev/userfaultfd, or by `device` (an open /dev/userfaultfd, or -1). `why` says what was missing (PF_TEXT bytes). */
 int pf_uffd_open(int device, uint64_t features, char *why);
@@ -48,6 +52,12 @@ int pf_pagemap_zeros(int pagemap, uint64_t start, uint32_t pages, uint8_t *zero)
 /* madvise(2) advice newer than some headers. */
 #define PF_MADV_POPULATE_READ 22
 #define PF_MADV_POPULATE_WRITE 23
+
+/* Where this thread's new pages come from. pf_node_free: the machine has several nodes and no policy rules this thread, so
+ * that a node may be preferred. pf_node_of touches the page and says where it is, or a negative errno. */
+bool pf_node_free(void);
+int pf_node_of(uint64_t address);
+void pf_node_prefer(int node); /* negative: none again */
 
 /* A child of raw clone(2) that shares nothing but open files' descriptions, does nothing and ends with its parent: see
  * restore.c for what it is good for. No atfork handler runs, its end sends no signal, and wait(2) without __WALL does not

@@ -41,7 +41,7 @@ struct pf_region {
 /* Say whether [start, start+bytes) can be merged: only plain private anonymous read-write memory, not locked, without
  * DONTFORK, DONTDUMP, WIPEONFORK, protection key, memory policy or foreign userfaultfd, mapped without a gap. Returns
  * PF_VMA_* (0 or more), or -EOPNOTSUPP, -ENOMEM (a gap), or what opening /proc/self/smaps gave; then `why`, if not NULL,
- * holds PF_TEXT bytes of reason. Reads all of /proc/self/smaps (about 10 ms per GiB mapped): once per region, not for
+ * holds PF_TEXT bytes of reason. Reads all of /proc/self/smaps (some 15 ms per GiB in use): once per region, not for
  * memory that the library itself mapped. Takes no lock. What another region has merged is a file mapping: not suitable. */
 int pf_suitable(uint64_t start, uint64_t bytes, char *why);
 

@@ -10,8 +10,9 @@
  *     or a device that goes on writing through its pin. To copy such a page would lose what comes. So a child is cloned:
  *     the kernel gives a child its own copy of each page that is pinned, at once, and shares all others. In the parent
  *     exactly the pinned ones are still mapped once, which pagemap shows. Pages that a forked process of the program shared
- *     before cannot be pinned: a pin for writing had made them our own. Clone also waits for system calls that found a page
- *     by address earlier and write under mmap_lock (ptrace, /proc/PID/mem).
+ *     before cannot be pinned: a pin for writing had made them our own. Nor can pages that are swapped or being migrated:
+ *     the kernel does not take a pinned page out of its place. Clone also waits for system calls that found a page by
+ *     address earlier and write under mmap_lock (ptrace, /proc/PID/mem).
  *  4. After the clone pages that are not pinned are write-protected for the kernel too and no longer exclusive: a new pin
  *     must fault first, and there it waits for 1. So their bytes stand still, also when the child has gone.
  *  5. The pages that stand still (2, 4) are copied to staging. Then an empty anonymous mapping, registered MISSING, takes
@@ -37,15 +38,18 @@
 #include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include "fault.h"
+#include "fresh.h"
 #include "kernel.h"
 #include "kit.h"
 #include "window.h"
 
-#define SMALL_PAGES 256u  /* of a batch without private pages: writers wait some 100 us */
-#define LARGE_PAGES 4096u /* of a batch with some: one clone for all of them */
+#define SMALL_PAGES 256u  /* of a batch without private pages: writers wait some 200 us */
+#define LARGE_PAGES 4096u /* of a batch with some: one clone for all of them, and writers wait for that */
 #define STRETCHES 256u
 #define SMALL_STRETCHES 32u
+#define LOOK_PAGES (1u << 18) /* of a region, looked through for one batch: 0.3 ms */
 
 struct stretch {
     uint64_t start;
@@ -55,11 +59,12 @@ struct stretch {
 
 /* All that one pf_restore works with; nothing of it is on the heap. */
 struct restore {
+    bool placing;    /* copies go to the node that the slot is on */
     bool held;       /* in this batch: the kit is there, threads may write */
     bool empty;      /* in this batch: way 5 of above, else 8 */
     uint8_t *staging; /* LARGE_PAGES; of no child */
-    uint64_t fresh;   /* what takes the place of runs, in this batch: begin of the unused rest, and its pages */
-    uint64_t fresh_pages;
+    struct pf_fresh fresh; /* what takes the place of runs, in this batch */
+    uint8_t *copies;       /* where the next run is copied: in staging, or in the unused rest of fresh */
     struct pf_region *region;
     struct stretch stretches[STRETCHES];
     uint32_t count;
@@ -82,70 +87,11 @@ static bool is_private(uint64_t entry) {
     return entry & PF_PM_PRESENT && !(entry & PF_PM_FILE);
 }
 
-/* Memory for `pages` without any page in it, also after mlockall. */
-static uint8_t *map_empty(uint64_t pages, int flags) {
-    const size_t bytes = pages * PF_PAGE;
-    uint8_t *memory = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
-    if (memory == MAP_FAILED)
-        return NULL;
-    if (!munlock(memory, bytes) && !mprotect(memory, bytes, PROT_READ | PROT_WRITE))
-        return memory;
-    munmap(memory, bytes);
-    return NULL;
-}
-
-static bool is_empty(uint64_t start, uint64_t pages) {
-    uint64_t entries[SMALL_PAGES];
-    for (uint64_t done = 0; done < pages; done += SMALL_PAGES) {
-        uint32_t part = pages - done < SMALL_PAGES ? (uint32_t)(pages - done) : SMALL_PAGES;
-        if (pf_pagemap_read(pf_kit.pagemap, start + done * PF_PAGE, part, entries))
-            return false;
-        for (uint32_t i = 0; i < part; i++)
-            if (entries[i] & (PF_PM_PRESENT | PF_PM_SWAP))
-                return false;
-    }
-    return true;
-}
-
-/* Map what takes the place of the batch's runs, with the marks that the region's memory had. */
-static bool map_fresh(struct restore *restore) {
-    const uint32_t vma = restore->region->vma;
-    const uint64_t bytes = (uint64_t)restore->pages * PF_PAGE;
-    uint8_t *memory = map_empty(restore->pages, vma & PF_VMA_NORESERVE ? MAP_NORESERVE : 0);
-    if (!memory)
-        return false;
-    restore->fresh = (uint64_t)(uintptr_t)memory;
-    restore->fresh_pages = restore->pages;
-    if (vma & PF_VMA_HUGEPAGE)
-        madvise(memory, bytes, MADV_HUGEPAGE);
-    if (vma & PF_VMA_NOHUGEPAGE)
-        madvise(memory, bytes, MADV_NOHUGEPAGE);
-    if (vma & PF_VMA_MERGEABLE)
-        madvise(memory, bytes, MADV_MERGEABLE);
-    if (!restore->empty)
-        return true;
-    if (!pf_uffd_register(pf_kit.hold, restore->fresh, bytes, PF_UFFD_MISSING | PF_UFFD_WP) && is_empty(restore->fresh, restore->pages))
-        return true;
-    munmap(memory, bytes);
-    pf_uffd_wake(pf_kit.hold, restore->fresh, bytes);
-    restore->fresh_pages = 0;
-    return false;
-}
-
-static void unmap_fresh(struct restore *restore) {
-    const uint64_t bytes = restore->fresh_pages * PF_PAGE;
-    if (!bytes)
-        return;
-    munmap(address(restore->fresh), bytes);
-    if (restore->empty) /* mlockall may wait there */
-        pf_uffd_wake(pf_kit.hold, restore->fresh, bytes);
-    restore->fresh_pages = 0;
-}
-
 /* Private in place is the best that can be done for these. */
-static void keep(struct restore *restore, uint64_t start, uint32_t pages) {
+static void keep(struct restore *restore, uint64_t start, uint32_t pages, bool pinned) {
     madvise(address(start), (size_t)pages * PF_PAGE, PF_MADV_POPULATE_WRITE);
     restore->kept += pages;
+    restore->failed += pinned ? 0 : pages;
 }
 
 /* Let go of a run that stays a file mapping. */
@@ -154,8 +100,7 @@ static void let_go(struct restore *restore, uint64_t start, uint32_t pages, bool
         pf_uffd_unregister(pf_kit.hold, start, (uint64_t)pages * PF_PAGE);
         pf_uffd_wake(pf_kit.hold, start, (uint64_t)pages * PF_PAGE);
     }
-    keep(restore, start, pages);
-    restore->failed += pinned ? 0 : pages;
+    keep(restore, start, pages, pinned);
 }
 
 /* mremap unmapped the run and then failed: fill the place before anybody else takes it. */
@@ -194,30 +139,52 @@ static uint64_t lend(const struct restore *restore, uint64_t start, uint32_t pag
     return page;
 }
 
+/* Take memory for the copies of a batch before anybody is held, because it takes longest: on the node where the slots are,
+ * which is where the pages had been (a stretch is of one extent as a rule, and an extent is of one node). */
+static bool take_memory(struct restore *restore) {
+    if (!pf_fresh_map(&restore->fresh, restore->pages, restore->region->vma, restore->empty))
+        return false;
+    restore->copies = restore->empty ? restore->staging : address(restore->fresh.start);
+    bool taken = true;
+    uint8_t *at = restore->copies;
+    for (uint32_t i = 0; i < restore->count && taken; i++) {
+        const size_t bytes = (size_t)restore->stretches[i].pages * PF_PAGE;
+        if (restore->placing)
+            pf_node_prefer(pf_node_of(restore->stretches[i].start));
+        taken = !madvise(at, bytes, PF_MADV_POPULATE_WRITE);
+        at += bytes;
+    }
+    if (restore->placing)
+        pf_node_prefer(-1);
+    return taken;
+}
+
+/* Drop what is left of it. */
+static void give_memory(struct restore *restore) {
+    pf_fresh_unmap(&restore->fresh, restore->empty);
+    if (restore->empty)
+        madvise(restore->staging, (size_t)restore->pages * PF_PAGE, MADV_DONTNEED);
+}
+
 /* Replace one run whose bytes stand still. */
 static void give_back(struct restore *restore, uint64_t start, uint32_t pages) {
     const size_t bytes = (size_t)pages * PF_PAGE;
-    uint8_t *copies = restore->empty ? restore->staging : address(restore->fresh);
-    if (pages > restore->fresh_pages || madvise(copies, bytes, PF_MADV_POPULATE_WRITE)) {
-        let_go(restore, start, pages, false);
-        return;
-    }
+    uint8_t *copies = restore->copies;
     memcpy(copies, address(start), bytes);
     PF_FAULT(PF_FAULT_RESTORE, 5);
-    void *got = mremap(address(restore->fresh), bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, address(start));
+    void *got = mremap(address(restore->fresh.start), bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, address(start));
     if (got == MAP_FAILED && !rescue(start, pages, copies)) {
-        if (restore->empty)
-            madvise(copies, bytes, MADV_DONTNEED);
         let_go(restore, start, pages, false);
         return;
     }
     PF_FAULT(PF_FAULT_RESTORE, 6);
     if (got != MAP_FAILED) {
-        restore->fresh += bytes;
-        restore->fresh_pages -= pages;
+        restore->copies += bytes;
+        restore->fresh.start += bytes;
+        restore->fresh.pages -= pages;
         if (restore->empty) {
             const uint64_t lent = lend(restore, start, pages);
-            fill(start, pages, restore->staging);
+            fill(start, pages, copies);
             if (lent)
                 pf_kit_release(pf_kit.track, lent, 1, restore->region->tracked);
         }
@@ -297,6 +264,12 @@ static void do_batch(struct restore *restore) {
     struct pf_twin twin;
     bool cloned = false;
     PF_FAULT(PF_FAULT_RESTORE, 1);
+    if (!take_memory(restore)) {
+        give_memory(restore);
+        for (uint32_t i = 0; i < restore->count; i++)
+            keep(restore, restore->stretches[i].start, restore->stretches[i].pages, false);
+        return;
+    }
     hold_all(restore);
     PF_FAULT(PF_FAULT_RESTORE, 2);
     memset(pinned, 0, sizeof pinned);
@@ -309,7 +282,6 @@ static void do_batch(struct restore *restore) {
             pf_twin_end(&twin);
     }
     PF_FAULT(PF_FAULT_RESTORE, 4);
-    map_fresh(restore);
     for (uint32_t i = 0, done = 0; i < restore->count; done += restore->stretches[i++].pages) {
         const struct stretch *stretch = &restore->stretches[i];
         for (uint32_t page = 0, end; page < stretch->pages; page = end) {
@@ -323,7 +295,7 @@ static void do_batch(struct restore *restore) {
                 give_back(restore, start, end - page);
         }
     }
-    unmap_fresh(restore);
+    give_memory(restore);
     PF_FAULT(PF_FAULT_RESTORE, 9);
 }
 
@@ -340,6 +312,7 @@ static void restore_all(struct restore *restore, uint64_t from, uint64_t end, bo
         }
         uint64_t last = restore->region->start + restore->region->pages * PF_PAGE;
         last = last < end ? last : end;
+        last = last - from < LOOK_PAGES * (uint64_t)PF_PAGE ? last : from + LOOK_PAGES * (uint64_t)PF_PAGE;
         uint64_t next = gather(restore, from, last, LARGE_PAGES, STRETCHES);
         if (!any_private(restore))
             next = gather(restore, from, last, SMALL_PAGES, SMALL_STRETCHES);
@@ -347,7 +320,7 @@ static void restore_all(struct restore *restore, uint64_t from, uint64_t end, bo
             do_batch(restore);
         else
             for (uint32_t i = 0; i < restore->count; i++)
-                keep(restore, restore->stretches[i].start, restore->stretches[i].pages);
+                keep(restore, restore->stretches[i].start, restore->stretches[i].pages, false);
         from = next;
         pf_w_unlock();
     }
@@ -357,14 +330,20 @@ int64_t pf_restore(uint64_t start, uint64_t pages, int plain) {
     struct restore restore = {0};
     if (start % PF_PAGE || pages > UINT64_MAX / PF_PAGE || start + pages * PF_PAGE < start)
         return -EINVAL;
-    restore.staging = map_empty(LARGE_PAGES, MAP_NORESERVE);
+    restore.placing = pf_node_free();
+    restore.staging = pf_empty_map(LARGE_PAGES, MAP_NORESERVE);
     if (restore.staging) {
         madvise(restore.staging, LARGE_PAGES * (size_t)PF_PAGE, MADV_DONTFORK);
         madvise(restore.staging, LARGE_PAGES * (size_t)PF_PAGE, MADV_NOHUGEPAGE);
         pf_listener_start(&restore.listener);
     }
     restore_all(&restore, start, start + pages * PF_PAGE, plain);
-    if (restore.failed && restore.done) { /* at the limit on mappings: what was given back made room */
+    /* Once more, where it may help: at the limit on mappings what was given back made room; and most pins are those of
+     * direct I/O, which ends. */
+    if (restore.held && restore.kept && (!restore.failed || restore.done)) {
+        const struct timespec pause = {.tv_nsec = 2000000};
+        if (!restore.failed)
+            nanosleep(&pause, NULL);
         restore.kept = restore.failed = 0;
         restore_all(&restore, start, start + pages * PF_PAGE, plain);
     }

@@ -34,6 +34,8 @@ struct pin {
 static int ring_pin(uint8_t *page) {
     uint32_t parameters[30] = {0};
     struct iovec buffer = {page, PF_PAGE};
+    if (!pf_call_allowed(__NR_io_uring_setup) || !pf_call_allowed(__NR_io_uring_register))
+        return -EPERM;
     long ring = syscall(__NR_io_uring_setup, 1u, parameters);
     if (ring < 0)
         return -errno;
@@ -64,6 +66,8 @@ static int start_reading(struct pin *pin) {
     const uint64_t hole = (uint64_t)(uintptr_t)(pin->pages + HOLE * PF_PAGE);
     uint64_t message[4]; /* struct uffd_msg: 32 bytes */
     struct pollfd fault = {.fd = pf_kit.track, .events = POLLIN};
+    if (!pf_call_allowed(__NR_process_vm_readv))
+        return -EPERM;
     if (pf_uffd_register(pf_kit.track, hole, PF_PAGE, PF_UFFD_MISSING) ||
         pthread_create(&pin->reader, NULL, read_own, pin))
         return -EAGAIN;

@@ -39,12 +39,6 @@
 #define UNKNOWN UINT32_MAX     /* the kernel does not say */
 #define STALE (UINT32_MAX - 1) /* scratch was not empty: mlockall */
 
-/* True only if all these pages are there: what mincore calls resident has a page, but not the other way round. */
-static bool all_there(uint64_t start, uint32_t pages) {
-    unsigned char resident[PF_WINDOW_PAGES];
-    return !mincore((void *)(uintptr_t)start, (size_t)pages * PF_PAGE, resident) && !memchr(resident, 0, pages);
-}
-
 /* After an error, of the first `pages`, how many are no longer in the run. A marker that a scan for written pages left in
  * the hole looks like a swapped page until it is taken away. */
 static uint32_t count_gone(uint64_t from, uint32_t pages) {
@@ -68,8 +62,6 @@ static uint32_t count_gone(uint64_t from, uint32_t pages) {
 static uint32_t count_moved(uint64_t to, uint64_t from, uint32_t pages, int error) {
     uint64_t entries[PF_WINDOW_PAGES];
     uint32_t done = 0;
-    if (!error && all_there(to, pages)) /* half the time that pagemap takes for 64 pages */
-        return pages;
     if (pf_pagemap_read(pf_kit.pagemap, to, pages, entries))
         return UNKNOWN;
     while (done < pages && entries[done] & (PF_PM_PRESENT | PF_PM_SWAP))
@@ -322,8 +314,11 @@ void pf_window(int64_t id, uint64_t start, uint32_t pages, const struct pf_targe
     } else {
         const struct pf_run run = {region, start, pages, target, 0, status, !pf_kit.ready};
         swap_run(&run);
-        for (uint32_t i = 0; i < pages; i++)
+        for (uint32_t i = 0; i < pages; i++) {
+            if (status[i] >= PF_STATUSES) /* a state never gets out */
+                status[i] = PF_BUSY;
             pf_counts_all.by_status[status[i]]++;
+        }
     }
     pf_w_unlock();
 }

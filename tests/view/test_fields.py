@@ -14,20 +14,21 @@ from pagefold.plan.prediction import Prediction, ProcessPrediction
 from pagefold.plan.report import make_report
 from pagefold.view.fields import FIELDS, show, size
 from pagefold.view.line import one_line
+from pagefold.view.live import COLUMNS, TOTALS
 from pagefold.view.plan import print_report
 
 SETTINGS = {"merge_across_nodes", "use_zero_pages", "max_page_sharing"}
 NAMES = {"label", "pid", "processes"}
 FIGURES = (
     {field.name for kind in (Prediction, ProcessPrediction, Counters) for field in fields(kind)} - SETTINGS - NAMES
-)
+) | {*COLUMNS, *TOTALS}
 
 
 @pytest.mark.parametrize("name", sorted(FIGURES))
 def test_every_figure_has_a_meaning_and_a_unit(name: str) -> None:
     field = FIELDS[name]
     assert field.name == name
-    assert field.unit in ("pages", "bytes", "count")
+    assert field.unit in ("pages", "bytes", "count", "seconds")
     assert len(field.help) > 10
     assert "\n" not in field.help and not field.help.endswith(".")
 
@@ -69,6 +70,7 @@ def test_show_uses_the_unit() -> None:
     assert show("saved_bytes", 2**20) == "1.0 MiB"
     assert show("pages_shared", 2**20) == "1,048,576"
     assert show("stable_node_chains", -1) == "-1"
+    assert show("uptime_seconds", 1234.56) == "1,234.6 s"
     with pytest.raises(KeyError):
         show("pages_imagined", 1)
 

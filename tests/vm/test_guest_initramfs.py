@@ -14,27 +14,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from archives import members
 
 from kernelguest import cache, cpio, initramfs, vmlinux
 
 ELF = b"\x7fELF" + bytes(60) + struct.pack("<I4s", 18, b"Xen\0") + bytes(range(256)) * 16
-
-
-def members(data: bytes) -> dict[str, tuple[int, bytes, tuple[int, int]]]:
-    """Read an archive as the kernel does: mode, contents and device by path."""
-    found, offset = {}, 0
-    while True:
-        assert data[offset : offset + 6] == b"070701" and offset % 4 == 0
-        fields = [int(data[offset + 6 + 8 * index : offset + 14 + 8 * index], 16) for index in range(13)]
-        _, mode, _, _, _, _, size, _, _, major, minor, name_size, _ = fields
-        name = data[offset + 110 : offset + 110 + name_size]
-        assert name[-1:] == b"\0"
-        start = (offset + 110 + name_size + 3) // 4 * 4
-        if name == b"TRAILER!!!\0":
-            assert start == len(data)
-            return found
-        found[name[:-1].decode()] = (mode, data[start : start + size], (major, minor))
-        offset = (start + size + 3) // 4 * 4
 
 
 def test_an_archive_reads_back_as_it_was_written() -> None:

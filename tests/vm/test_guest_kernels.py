@@ -149,6 +149,7 @@ def test_the_package_stands_alone() -> None:
         "cache",
         "cpio",
         "vmlinux",
+        "packages",
         "initramfs",
         "machine",
         "kernels",

@@ -205,10 +205,8 @@ class _Client:
         return domain.socket_path()
 
     def start(self) -> None:
-        """Start the agent, if it does not run."""
-        if self.holds.closed:
-            raise PagefoldError("the interpreter is about to end: nothing is merged any more")
-        if self._started:
+        """Start the agent, if it does not run and this is not the end."""
+        if self._started or self.holds.closed:
             return
         with self._starting:
             if not self._started:

@@ -165,6 +165,9 @@ class Daemon:
         if now < self._next_sample:
             return
         self._next_sample = now + _SAMPLE_SECONDS
+        for peer in list(self.merging.peers.values()):
+            if peer.ended():
+                self._drop(peer)
         self.merging.tidy()
         saved = report.saved_bytes(self.merging)
         if not self.history or self.history[-1][1] != saved:

@@ -31,6 +31,7 @@ from pagefold.live.turn import Turn
 
 ADVISED_TWICE = "advised by the memory handler of enable() already"
 _TRIES = 3
+ENDING = "the interpreter is about to end"
 NO_MEMORY = "no memory for one more region, or the limit on mappings is reached (vm.max_map_count)"
 
 
@@ -145,6 +146,9 @@ class Holds:
 
     def _take(self, hold: Hold, pieces: list[Piece], alive: list[Any]) -> None:
         for piece in pieces:
+            if self.closed:
+                hold.refuse(ENDING, (piece.end - piece.start) // PAGE)
+                continue
             watch = self._watch(piece)
             had = len(hold.regions)
             if not hold.quiet:

@@ -16,6 +16,7 @@ from pagefold.live.peer import Peer
 from pagefold.live.region import FOREVER, HOLE, SHIFT, Int64, Region
 from pagefold.live.slots import Slots
 from pagefold.live.store import Store
+from pagefold.machine import Process
 from pagefold.sources.hashing import read_pages
 from pagefold.sources.nodes import page_nodes, query_nodes
 
@@ -52,13 +53,21 @@ class Looking:
                 region.held_until[index] = FOREVER
                 changed = True
             for region, index in written:
-                # Only private mappings are tracked: whatever was merged there is so no more.
-                private = index if region.tracked else index[region.where[index] == HOLE]
-                region.became(private, np.zeros(len(private), np.int64))
+                self._holes_written(peer.process, region, index[region.where[index] == HOLE])
+                if region.tracked:  # only private mappings are: whatever was merged there is so no more
+                    region.became(index, np.zeros(len(index), np.int64))
                 self._queue(peer, region, index[(region.held_until[index] == 0) & ~region.broken[index]])
             for region, index in [*inherited, *self._released(peer)]:
                 self._queue(peer, region, index)
         return changed
+
+    def _holes_written(self, process: Process, region: Region, index: Int64) -> None:
+        """Note that pages that were merged as zeros are there again, and leave them alone for a while: longer each time."""
+        if not len(index):
+            return
+        region.became(index, np.zeros(len(index), np.int64))
+        region.hold(index, region.refused(index, self.looks))
+        self.mirror.hold(process, region.vpn + index)
 
     def _released(self, peer: Peer) -> list[tuple[Region, Int64]]:
         """Return pages whose time of being left alone is over."""
@@ -87,6 +96,7 @@ class Looking:
             if len(pieces) >= _READ_PIECES:
                 break
             _, region, index = self._to_read.popleft()
+            index = index[region.held_until[index] == 0]  # others were refused since, and are left alone
             pieces.append((region, index))
             room -= len(index)
         address = np.concatenate([region.start + index * PAGE for region, index in pieces])

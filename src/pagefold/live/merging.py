@@ -9,8 +9,6 @@ what the mirror wanted and the window refused is taken back in the mirror, and l
 
 from __future__ import annotations
 
-from itertools import groupby
-
 import numpy as np
 
 from pagefold.live import messages
@@ -18,12 +16,11 @@ from pagefold.live.looking import Looking
 from pagefold.live.messages import PAGE
 from pagefold.live.mirror import Mirror
 from pagefold.live.peer import MOST_PAGES, MOST_REGIONS, Batch, Counts, Peer
-from pagefold.live.planner import Run, pages_of, runs_of, within_budget
-from pagefold.live.region import FOREVER, SHIFT, Int64, Region
+from pagefold.live.planner import Run, by_region, runs_of, within_budget
+from pagefold.live.region import FOREVER, HOLE, SHIFT, Int64, Region
 from pagefold.live.slots import Slots, Source
 from pagefold.live.store import Store, StoreFull
 
-_LONGEST_HOLD = 6  # looks to wait double with every refusal, up to 2**this
 _FOR_GOOD = (messages.UNSUITABLE, messages.BROKEN, messages.BAD, messages.OFF)
 _QUIET = 3  # passes: one to learn a page, one to enter a tree, one to meet an equal there
 _QUIET_SMART = 10  # smart scan leaves pages alone for up to 8
@@ -285,8 +282,7 @@ class Merging:
 
     def _send(self, peer: Peer, runs: list[Run]) -> None:
         batch = Batch([], [], [])
-        for region, group in groupby(runs, key=lambda run: run.region):
-            index, target = pages_of(list(group))
+        for region, index, target in by_region(runs):
             batch.regions.append(region)
             batch.indices.append(index)
             batch.targets.append(target)
@@ -306,7 +302,7 @@ class Merging:
             done = (status == messages.MERGED) | (status == messages.ALREADY)
             region.became(index[done], target[done])
             region.stayed(index[~done], target[~done])
-            region.refusals[index[done]] = 0
+            region.refusals[index[done & (target != HOLE)]] = 0  # zeros that are written again and again are left alone
             region.status[index[done]] = status[done]
             private, refused = done & (target == 0), ~done & (target != 0)
             if private.any():  # whatever held a page back is over
@@ -326,19 +322,16 @@ class Merging:
         self.still_passes = 0
         self.mirror.refuse(peer.process, region.vpn + index)
         region.status[index] = status
-        region.refusals[index] = np.minimum(region.refusals[index] + 1, _LONGEST_HOLD)
-        until = self.looking.looks + (1 << region.refusals[index].astype(np.int32))
+        until = region.refused(index, self.looking.looks)
         until[np.isin(status, _FOR_GOOD)] = FOREVER
         alone = (status != messages.DIFFERS) | (region.refusals[index] > 2)
         if alone.any():
-            region.held_until[index[alone]] = until[alone]
-            region.holds = True
+            region.hold(index[alone], until[alone])
             self.mirror.hold(peer.process, region.vpn + index[alone])
 
     def _refuse_runs(self, peer: Peer, runs: list[Run], status: int) -> None:
-        for run in runs:
-            index = np.arange(run.index, run.index + run.pages, dtype=np.int64)
-            self.refused(peer, run.region, index, np.full(run.pages, status, np.uint8))
+        for region, index, _ in by_region(runs):
+            self.refused(peer, region, index, np.full(len(index), status, np.uint8))
 
     # --- between passes --------------------------------------------------------------------------------------------------------------
 

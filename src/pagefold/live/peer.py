@@ -93,9 +93,15 @@ class Peer:
         self._pidfd = self._peer_pidfd()
         self._pagemap = os.open(f"/proc/{self.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self._memory = os.open(f"/proc/{self.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-        if select.select([self._pidfd], [], [], 0)[0]:
+        if self.ended():
             raise NoSuchProcess(f"process {self.pid} ended while it said hello")
         self.reader = MemoryReader(self._memory, living=True)
+
+    def ended(self) -> bool:
+        """Tell whether the process has ended: others may have its connection still."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def _peer_pidfd(self) -> int:
         """Return a descriptor of the very process that connected, where the kernel can say (6.5); else of the one with its number."""
@@ -169,15 +175,22 @@ class Peer:
     def written(self) -> list[tuple[Region, Int64]]:
         """Return the pages that were written since the last call: private ones, by index; of untracked regions all that are there."""
         answer = []
-        tracked = [region for region in self.regions.values() if region.tracked]
-        if tracked:
-            start, end = min(r.start for r in tracked), max(r.end for r in tracked)
-            address = tracking.take_written(self._pagemap, start, end)
-            if len(address):
-                for region in tracked:
-                    begin, stop = np.searchsorted(address, [region.start, region.end])
-                    if begin < stop:
-                        answer.append((region, region.indices(address[begin:stop])))
+        tracked = sorted(
+            (region for region in self.regions.values() if region.tracked), key=lambda region: region.start
+        )
+        at = 0
+        while at < len(
+            tracked
+        ):  # asking takes the answer away, so what lies between, perhaps another's, is not asked for
+            first = at
+            while at + 1 < len(tracked) and tracked[at + 1].start == tracked[at].end:
+                at += 1
+            at += 1
+            address = tracking.take_written(self._pagemap, tracked[first].start, tracked[at - 1].end)
+            for region in tracked[first:at] if len(address) else ():
+                begin, stop = np.searchsorted(address, [region.start, region.end])
+                if begin < stop:
+                    answer.append((region, region.indices(address[begin:stop])))
         for region in self.regions.values():
             if not region.tracked:
                 address = tracking.private_pages(self._pagemap, region.start, region.end)

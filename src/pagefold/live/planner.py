@@ -5,7 +5,9 @@ Must not know: sockets, the engine.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,12 +52,13 @@ def runs_of(region: Region, index: Int64, target: Int64) -> list[Run]:
     return runs
 
 
-def pages_of(runs: list[Run]) -> tuple[Int64, Int64]:
-    """Return the pages of runs of one region, and what each shall map: what `runs_of` began with."""
-    first, pages, target = (np.array([getattr(run, name) for run in runs]) for name in ("index", "pages", "target"))
-    within = np.arange(pages.sum()) - np.repeat(np.cumsum(pages) - pages, pages)
-    wanted = np.repeat(target, pages)
-    return np.repeat(first, pages) + within, np.where(wanted > 0, wanted + within, wanted)
+def by_region(runs: list[Run]) -> Iterator[tuple[Region, Int64, Int64]]:
+    """Yield the pages of runs, region by region, and what each shall map: what `runs_of` began with."""
+    for region, group in groupby(runs, key=lambda run: run.region):
+        rows = np.array([(run.index, run.pages, run.target) for run in group])
+        first, pages, target = rows[:, 0], rows[:, 1], np.repeat(rows[:, 2], rows[:, 1])
+        within = np.arange(pages.sum()) - np.repeat(np.cumsum(pages) - pages, pages)
+        yield region, np.repeat(first, pages) + within, np.where(target > 0, target + within, target)
 
 
 def costs_mappings(run: Run) -> int:

@@ -13,6 +13,7 @@ from pagefold.live.messages import PAGE
 Int64 = NDArray[np.int64]
 HOLE = -1  # in `where`: merged as zeros, nothing is mapped
 FOREVER = 2**31 - 1  # in `held_until`
+_LONGEST_HOLD = 6  # looks to wait double with every refusal, up to 2**this
 SHIFT = 32  # `where` of a merged page: number of the extent << SHIFT | slot
 
 
@@ -60,6 +61,17 @@ class Region:
         """Note that pages are as they were, whatever else is under way for them."""
         last = index[self.wanted[index] == target]
         self.wanted[last] = self.where[last]
+
+    def refused(self, index: Int64, looks: int) -> NDArray[np.int32]:
+        """Count one more refusal of pages, and return until which look each should be left alone: longer each time."""
+        self.refusals[index] = np.minimum(self.refusals[index] + 1, _LONGEST_HOLD)
+        until: NDArray[np.int32] = looks + (1 << self.refusals[index].astype(np.int32))
+        return until
+
+    def hold(self, index: Int64, until: NDArray[np.int32]) -> None:
+        """Leave pages alone until a look."""
+        self.held_until[index] = until
+        self.holds = True
 
     def merged(self) -> NDArray[np.bool_]:
         """Tell which pages map a slot now and were not written since."""

@@ -15,8 +15,9 @@ from pagefold.errors import PagefoldError
 from pagefold.live import control
 
 _INTERVAL = 0.5  # seconds between two questions
-_SHARE = 20  # the daemon spends at most one part in so many on our questions
-_LONGEST = 10.0  # seconds between two questions at most
+_BYTES_PER_SECOND = (
+    2 << 30
+)  # of advised memory, more seconds between two: the daemon counts all its pages for an answer
 _PATIENCE = 5.0
 _MOST_HELD = 0.9  # of the most memory that was ever advised: with less the command is winding down
 
@@ -74,24 +75,12 @@ class Sampler:
         return self.savings
 
     def _run(self) -> None:
-        pause, before = _INTERVAL, 0.0
-        while not self._end.wait(pause):
-            spent = self._ask()
-            # One slow answer says little: the daemon was starting, or busy with something else.
-            pause = min(max(_INTERVAL, min(spent, before) * _SHARE), _LONGEST)
-            before = spent
+        while not self._end.wait(max(_INTERVAL, self.savings.most_tracked_bytes / _BYTES_PER_SECOND)):
+            self._ask()
 
-    def _ask(self) -> float:
-        """Ask once; returns how long the answer took."""
-        began = time.monotonic()
+    def _ask(self) -> None:
         try:
             stat = control.ask(self._path, {"verb": "stat"}, _PATIENCE)
             self.savings.take(stat, time.monotonic() - self._began)
-        except (
-            PagefoldError,
-            LookupError,
-            TypeError,
-            ValueError,
-        ):  # busy, gone, or of another version: what we know stays
-            pass
-        return time.monotonic() - began
+        except (PagefoldError, LookupError, TypeError, ValueError):
+            pass  # busy, gone, or of another version: what we know stays

@@ -124,7 +124,7 @@ def draw_groups(groups: Sequence[dict[str, Any]], everybody: Sequence[int]) -> T
     table.add_column("pages", justify="right")
     table.add_column("in processes")
     for group in groups[:_MOST_GROUPS]:
-        pids = group["pids"]
+        pids = sorted(group["pids"])
         names = ", ".join(map(str, pids[:_MOST_PIDS])) + (
             f" and {len(pids) - _MOST_PIDS} more" if len(pids) > _MOST_PIDS else ""
         )
