@@ -29,33 +29,17 @@
 #include "command.h"
 #include "extents.h"
 #include "fault.h"
-#include "messages.h"
-#include "regions.h"
-#include "window.h"
+#include "packets.h"
+#include "waiting.h"
 
 #define BACK_OFF_MS 100u
 #define BACK_OFF_MOST_MS 5000u
 #define STUCK_MS 30000 /* a daemon that does not read for so long is as good as gone */
-#define MOST_SYNCS 32u /* that the daemon is asked for at a time */
 #define MOST_DESCRIPTORS 8u
 
-struct sync {
-    int64_t region;
-    uint64_t token;
-    struct pf_report *report;
-    int error;
-    enum { ASKED, SENT, ANSWERED } phase;
-    struct sync *next;
-};
-
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of what follows, up to the blank line */
-static pthread_cond_t changed;
-static enum { NONE, CONNECTING, UP, DOWN } phase = NONE;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of these three; held for a few instructions */
 static char wanted_path[PF_LINK_PATH];
 static bool path_changed, stopping;
-static struct sync *syncs;
-static uint64_t tokens;
-static int64_t plain_region; /* a plain swap in it is under way: its merge must not return yet */
 
 static bool running; /* of the command thread: the link's thread exists */
 static pthread_t thread;
@@ -67,17 +51,6 @@ static bool greeted;     /* WELCOME came */
 static bool device_wanted;
 static pid_t daemon_pid;
 static uint64_t retry_at, back_off = BACK_OFF_MS;
-
-__attribute__((constructor)) static void make_condition(void) {
-    pf_condition_init(&changed);
-}
-
-static void set_phase(int now) {
-    pthread_mutex_lock(&lock);
-    phase = now;
-    pthread_cond_broadcast(&changed);
-    pthread_mutex_unlock(&lock);
-}
 
 static void drain_kicks(void) {
     uint64_t count;
@@ -112,15 +85,7 @@ static void hang_up(bool soon) {
         back_off = BACK_OFF_MS;
     retry_at = pf_now_ms() + back_off;
     back_off = back_off * 2 < BACK_OFF_MOST_MS ? back_off * 2 : BACK_OFF_MOST_MS;
-    pthread_mutex_lock(&lock);
-    phase = DOWN;
-    for (struct sync *at = syncs; at; at = at->next)
-        if (at->phase != ANSWERED) {
-            at->error = -ENOTCONN;
-            at->phase = ANSWERED;
-        }
-    pthread_cond_broadcast(&changed);
-    pthread_mutex_unlock(&lock);
+    pf_waiting_lost();
 }
 
 /* Wait until the daemon takes more; false: it does not, or we are called away. */
@@ -143,7 +108,7 @@ static bool wait_to_send(void) {
     }
 }
 
-static bool say(void *message, uint16_t type, size_t bytes) {
+bool pf_link_say(void *message, uint16_t type, size_t bytes) {
     struct pf_header *header = message;
     *header = (struct pf_header){PF_MAGIC, PF_VERSION, type, (uint32_t)bytes, 0};
     for (;;) {
@@ -163,14 +128,14 @@ bool pf_announce_advise(const struct pf_region *region) {
                                         .pages = region->pages,
                                         .tracked = region->tracked,
                                         .quiet = region->quiet};
-    bool sent = say(&message, PF_ADVISE, sizeof message);
+    bool sent = pf_link_say(&message, PF_ADVISE, sizeof message);
     PF_FAULT(PF_FAULT_LINK, 4);
     return sent;
 }
 
 bool pf_announce_unadvise(int64_t region) {
     struct pf_unadvise_message message = {.region = region};
-    bool sent = say(&message, PF_UNADVISE, sizeof message);
+    bool sent = pf_link_say(&message, PF_UNADVISE, sizeof message);
     PF_FAULT(PF_FAULT_LINK, 5);
     return sent;
 }
@@ -191,7 +156,7 @@ static bool say_hello(void) {
     hello.want_device = !hello.windows_safe && (hello.why_errno == -EPERM || hello.why_errno == -EACCES ||
                                                 hello.why_errno == -ENOENT || hello.why_errno == -ENOSYS);
     device_wanted = hello.want_device;
-    return say(&hello, PF_HELLO, sizeof hello);
+    return pf_link_say(&hello, PF_HELLO, sizeof hello);
 }
 
 /* Connect and say hello. The daemon may read us before it hears anything: it opens /proc/PID/mem when it does. */
@@ -215,38 +180,19 @@ static void reach(const char *path) {
     PF_FAULT(PF_FAULT_LINK, 2);
 }
 
-static bool say_syncs(void) {
-    for (;;) {
-        struct pf_sync message = {.token = 0};
-        uint32_t sent = 0;
-        pthread_mutex_lock(&lock);
-        for (struct sync *at = syncs; at; at = at->next) {
-            sent += at->phase == SENT;
-            if (at->phase == ASKED && message.token == 0) {
-                message.token = at->token;
-                message.region = at->region;
-            }
-        }
-        pthread_mutex_unlock(&lock);
-        if (message.token == 0 || sent >= MOST_SYNCS)
-            return true;
-        bool known = pf_announced(message.region);
-        pthread_mutex_lock(&lock); /* it may have timed out meanwhile: then nobody hears the answer, which is fine */
-        for (struct sync *at = syncs; at; at = at->next)
-            if (at->token == message.token) {
-                at->phase = known ? SENT : ANSWERED;
-                at->error = -ENOENT;
-            }
-        pthread_cond_broadcast(&changed);
-        pthread_mutex_unlock(&lock);
-        if (known && !say(&message, PF_SYNC, sizeof message))
+bool pf_link_say_syncs(void) {
+    struct pf_sync message;
+    memset(&message, 0, sizeof message);
+    while (pf_waiting_next(pf_announced, &message.token, &message.region)) {
+        if (!pf_link_say(&message, PF_SYNC, sizeof message))
             return false;
         PF_FAULT(PF_FAULT_LINK, 6);
     }
+    return true;
 }
 
 static bool on_welcome(const struct pf_welcome *welcome, int fd) {
-    if (greeted || welcome->zero || welcome->has_device > device_wanted || (welcome->has_device != 0) != (fd >= 0)) {
+    if (welcome->zero || welcome->has_device > device_wanted || (welcome->has_device != 0) != (fd >= 0)) {
         if (fd >= 0)
             close(fd);
         return false;
@@ -262,187 +208,14 @@ static bool on_welcome(const struct pf_welcome *welcome, int fd) {
         if (safe) { /* HELLO is the first packet of a connection and no other: say anew what is true now */
             hang_up(true);
             retry_at = 0;
-            set_phase(CONNECTING);
+            pf_waiting_phase(PF_LINK_CONNECTING);
             return true;
         }
     }
     greeted = true;
     back_off = BACK_OFF_MS;
-    set_phase(UP);
-    return pf_announce() && say_syncs();
-}
-
-static bool on_extent(const struct pf_extent *extent, int fd, bool descriptors_lost) {
-    if (extent->zero || (fd < 0 && !descriptors_lost)) {
-        if (fd >= 0)
-            close(fd);
-        return false;
-    }
-    bool fine = pf_extent_take(extent->extent, extent->slots, fd) == 0;
-    PF_FAULT(PF_FAULT_LINK, 7);
-    return fine;
-}
-
-/* Claim a region for a plain swap: only while someone waits for its merge and so keeps others from writing. */
-static bool begin_plain(int64_t region) {
-    bool ours = false;
-    pthread_mutex_lock(&lock);
-    for (struct sync *at = syncs; at; at = at->next)
-        ours |= at->region == region && at->phase == SENT;
-    if (ours)
-        plain_region = region;
-    pthread_mutex_unlock(&lock);
-    return ours;
-}
-
-static void end_plain(void) {
-    pthread_mutex_lock(&lock);
-    plain_region = 0;
-    pthread_cond_broadcast(&changed);
-    pthread_mutex_unlock(&lock);
-}
-
-/* `run` = 2 at the daemon: everything private again. */
-static void give_back(const struct pf_run *run, bool plain, uint8_t *status) {
-    struct pf_region region;
-    uint64_t where[PF_RUN_PAGES];
-    if (!pf_region_get(run->region, &region) || region.closing || run->start % PF_PAGE || run->start < region.start ||
-        run->start - region.start > (region.pages - run->pages) * PF_PAGE || run->pages > region.pages) {
-        memset(status, PF_UNMANAGED, run->pages);
-        return;
-    }
-    pf_restore(run->start, run->pages, plain);
-    if (pf_region_where(run->region, (run->start - region.start) / PF_PAGE, run->pages, where))
-        memset(status, PF_UNMANAGED, run->pages);
-    else
-        for (uint32_t i = 0; i < run->pages; i++)
-            status[i] = where[i] ? PF_PINNED : PF_MERGED;
-}
-
-static void do_run(const struct pf_run *run, bool plain, uint8_t *status) {
-    if (run->extent == PF_PRIVATE) {
-        give_back(run, plain, status);
-        return;
-    }
-    struct pf_target target = {.extent = 0};
-    if (run->extent) {
-        struct pf_extent_view *extent = pf_extent_find(run->extent);
-        if (extent == NULL || run->slot >= extent->slots || run->pages > extent->slots - run->slot) {
-            memset(status, PF_BAD, run->pages);
-            return;
-        }
-        if (extent->fd < 0) {
-            memset(status, PF_NO_VMA, run->pages);
-            return;
-        }
-        if (!pf_extent_look(extent, run->slot, run->pages)) {
-            memset(status, PF_BAD, run->pages);
-            return;
-        }
-        target = (struct pf_target){.extent = extent->ours,
-                                    .slot = run->slot,
-                                    .fd = extent->fd,
-                                    .bytes = extent->bytes + (size_t)run->slot * PF_PAGE,
-                                    .offset = (uint64_t)run->slot * PF_PAGE};
-    }
-    pf_window(run->region, run->start, run->pages, &target, plain, status);
-}
-
-static bool on_windows(const struct pf_windows *windows) {
-    static struct pf_outcome outcome;
-    uint32_t pages = 0;
-    if (windows->count == 0 || windows->count > PF_BATCH_RUNS || windows->plain > 1)
-        return false;
-    for (uint32_t i = 0; i < windows->count; i++) {
-        const struct pf_run *run = &windows->runs[i];
-        if (run->pages == 0 || run->pages > PF_RUN_PAGES || run->zero)
-            return false;
-        pages += run->pages;
-    }
-    memset(&outcome, 0, sizeof outcome);
-    outcome.batch = windows->batch;
-    outcome.pages = pages;
-    PF_FAULT(PF_FAULT_LINK, 8);
-    pages = 0;
-    for (uint32_t i = 0; i < windows->count; i++) {
-        const struct pf_run *run = &windows->runs[i];
-        bool plain = windows->plain && begin_plain(run->region);
-        do_run(run, plain, outcome.status + pages);
-        if (plain)
-            end_plain();
-        pages += run->pages;
-        PF_FAULT(PF_FAULT_LINK, 9);
-    }
-    pf_window_drop();
-    pf_extents_drop();
-    PF_FAULT(PF_FAULT_LINK, 10);
-    bool said = say(&outcome, PF_OUTCOME, sizeof outcome);
-    PF_FAULT(PF_FAULT_LINK, 11);
-    return said;
-}
-
-static bool on_synced(const struct pf_synced *synced) {
-    if (synced->zero || synced->error > 0)
-        return false;
-    pthread_mutex_lock(&lock);
-    for (struct sync *at = syncs; at; at = at->next)
-        if (at->token == synced->token && at->phase == SENT) {
-            at->error = synced->error;
-            at->report->pages = synced->pages;
-            memcpy(at->report->by_status, synced->by_status, sizeof synced->by_status);
-            at->report->zero_pages = synced->zero_pages;
-            at->report->saved_bytes = synced->saved_bytes;
-            at->phase = ANSWERED;
-        }
-    pthread_cond_broadcast(&changed);
-    pthread_mutex_unlock(&lock);
-    return say_syncs(); /* one that waited for its turn */
-}
-
-union packet {
-    struct pf_header header;
-    struct pf_welcome welcome;
-    struct pf_extent extent;
-    struct pf_windows windows;
-    struct pf_release release;
-    struct pf_synced synced;
-};
-
-/* Do what one packet says; false: whoever sent it is no daemon of this version. A descriptor that came along is ours. */
-static bool on_packet(const union packet *packet, size_t bytes, int fd, bool descriptors_lost) {
-    static const struct {
-        uint16_t type;
-        size_t bytes;
-    } sizes[] = {{PF_WELCOME, sizeof packet->welcome}, {PF_EXTENT, sizeof packet->extent},
-                 {PF_WINDOWS, sizeof packet->windows}, {PF_RELEASE, sizeof packet->release},
-                 {PF_SYNCED, sizeof packet->synced}};
-    const struct pf_header *header = &packet->header;
-    bool fits = false;
-    if (bytes >= sizeof *header && header->magic == PF_MAGIC && header->version == PF_VERSION &&
-        header->length == bytes && header->zero == 0)
-        for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-            fits |= sizes[i].type == header->type && sizes[i].bytes == bytes;
-    if (fits && header->type == PF_WELCOME)
-        return on_welcome(&packet->welcome, fd);
-    if (fits && greeted && header->type == PF_EXTENT)
-        return on_extent(&packet->extent, fd, descriptors_lost);
-    if (fd >= 0) {
-        close(fd);
-        return false;
-    }
-    if (!fits || !greeted)
-        return false;
-    switch (header->type) {
-    case PF_WINDOWS:
-        return on_windows(&packet->windows);
-    case PF_RELEASE: {
-        bool known = packet->release.zero == 0 && pf_extent_release(packet->release.extent);
-        PF_FAULT(PF_FAULT_LINK, 12);
-        return known;
-    }
-    default:
-        return on_synced(&packet->synced);
-    }
+    pf_waiting_phase(PF_LINK_UP);
+    return pf_announce() && pf_link_say_syncs();
 }
 
 /* Take the descriptors out of a message; more than one is nonsense and all are closed. */
@@ -471,7 +244,7 @@ static int descriptor_of(struct msghdr *message, bool *nonsense) {
 
 /* Take one packet. False: there is none now. A daemon that goes, or talks nonsense, is hung up on. */
 static bool receive(void) {
-    static union packet packet;
+    static union pf_packet packet;
     char control[CMSG_SPACE(MOST_DESCRIPTORS * sizeof(int))];
     struct iovec into = {&packet, sizeof packet};
     struct msghdr message = {.msg_iov = &into, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
@@ -484,7 +257,18 @@ static bool receive(void) {
     }
     bool nonsense = (message.msg_flags & MSG_TRUNC) != 0;
     int fd = descriptor_of(&message, &nonsense);
-    if (nonsense || !on_packet(&packet, (size_t)bytes, fd, (message.msg_flags & MSG_CTRUNC) != 0)) {
+    bool lost = (message.msg_flags & MSG_CTRUNC) != 0, fine = false;
+    if (!nonsense && pf_packet_fits(&packet, (size_t)bytes)) {
+        if (greeted)
+            fine = pf_packet_do(&packet, fd, lost);
+        else if (packet.header.type == PF_WELCOME)
+            fine = on_welcome(&packet.welcome, fd);
+        else if (fd >= 0)
+            close(fd);
+    } else if (fd >= 0) {
+        close(fd);
+    }
+    if (!fine) {
         if (link_fd >= 0)
             hang_up(false);
         return false;
@@ -503,7 +287,7 @@ static bool follow_orders(char path[PF_LINK_PATH]) {
         hang_up(true);
     if (elsewhere && !end) {
         retry_at = 0;
-        set_phase(path[0] ? CONNECTING : NONE);
+        pf_waiting_phase(path[0] ? PF_LINK_CONNECTING : PF_LINK_NONE);
     }
     return !end;
 }
@@ -524,7 +308,7 @@ static void *link_main(void *nothing) {
             break; /* no memory for a poll: nothing can be done here any more */
         if (on[0].revents) {
             drain_kicks();
-            if (greeted && !(pf_announce() && say_syncs()))
+            if (greeted && !(pf_announce() && pf_link_say_syncs()))
                 hang_up(true);
         }
         if (link_fd >= 0 && on[1].revents)
@@ -532,7 +316,7 @@ static void *link_main(void *nothing) {
                 ;
     }
     hang_up(true);
-    set_phase(NONE);
+    pf_waiting_phase(PF_LINK_NONE);
     return NULL;
 }
 
@@ -540,12 +324,11 @@ int pf_link_go(const char *path) {
     if (strlen(path) >= PF_LINK_PATH)
         return -ENAMETOOLONG;
     pthread_mutex_lock(&lock);
-    bool same = strcmp(wanted_path, path) == 0;
-    if (!same || !running || phase == DOWN) { /* asked again: no need to wait for the next try */
+    bool same = strcmp(wanted_path, path) == 0 && running;
+    if (!same || pf_waiting_phase_now() == PF_LINK_DOWN) { /* asked again: no need to wait for the next try */
         strcpy(wanted_path, path);
         path_changed = true;
-        phase = path[0] ? CONNECTING : NONE;
-        pthread_cond_broadcast(&changed);
+        pf_waiting_phase(path[0] ? PF_LINK_CONNECTING : PF_LINK_NONE);
     }
     stopping = false;
     pthread_mutex_unlock(&lock);
@@ -556,7 +339,7 @@ int pf_link_go(const char *path) {
         error = kick_fd < 0 ? -errno : pf_thread_start(&thread, &thread_stack, link_main);
         running = error == 0;
         if (error)
-            set_phase(NONE);
+            pf_waiting_phase(PF_LINK_NONE);
     }
     pf_link_kick();
     return error;
@@ -583,60 +366,15 @@ void pf_link_stop(void) {
     kick_fd = -1;
 }
 
-bool pf_link_connected(void) {
-    pthread_mutex_lock(&lock);
-    bool up = phase == UP;
-    pthread_mutex_unlock(&lock);
-    return up;
-}
-
-int pf_link_merge(int64_t region, uint64_t timeout_ms, struct pf_report *report) {
-    struct timespec until = pf_deadline(timeout_ms);
-    struct sync mine = {.region = region, .report = report, .error = -ENOTCONN, .phase = ASKED};
-    int state; /* `mine` lies on this stack: the caller must not be cancelled while it waits */
-    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &state);
-    pthread_mutex_lock(&lock);
-    int late = 0;
-    while (phase == CONNECTING && !late)
-        late = pthread_cond_timedwait(&changed, &lock, &until);
-    if (phase == UP) {
-        mine.token = ++tokens;
-        mine.next = syncs;
-        syncs = &mine;
-        pthread_mutex_unlock(&lock);
-        pf_command_ring(PF_BELL_LINK);
-        pthread_mutex_lock(&lock);
-        while (mine.phase != ANSWERED && !late)
-            late = pthread_cond_timedwait(&changed, &lock, &until);
-        if (mine.phase != ANSWERED)
-            mine.error = -ETIMEDOUT;
-        for (struct sync **at = &syncs; *at; at = &(*at)->next)
-            if (*at == &mine) {
-                *at = mine.next;
-                break;
-            }
-        while (plain_region == region) /* the promise of our caller ends when we return */
-            pthread_cond_wait(&changed, &lock);
-    } else if (phase == CONNECTING) {
-        mine.error = -ETIMEDOUT;
-    }
-    pthread_mutex_unlock(&lock);
-    pthread_setcancelstate(state, NULL);
-    return mine.error;
-}
-
 void pf_link_child(void) {
     pthread_mutex_init(&lock, NULL);
-    make_condition();
-    phase = NONE;
     wanted_path[0] = 0;
     path_changed = stopping = running = greeted = false;
-    syncs = NULL;
-    plain_region = 0;
     kick_fd = link_fd = -1;
     daemon_pid = 0;
     retry_at = 0;
     back_off = BACK_OFF_MS;
+    pf_waiting_child();
     pf_announce_child();
     pf_extents_child();
 }

@@ -724,8 +724,11 @@ def test_a_child_inherits_what_is_held_and_ends_it_for_itself() -> None:
 
 @own_process
 def test_an_array_that_goes_in_a_child_that_called_nothing() -> None:
-    twin = np.array(["object", "text"] * 9000, object)
-    one = twin.copy()
+    # Of malloc's heap, where memory stays mapped when it is freed; a subclass, whose content must stay until it is.
+    twin, one, above = (Subclass((96_000,), np.uint8) for _ in range(3))
+    for array_ in (twin, one, above):
+        array_[:] = np.resize(np.arange(16, dtype=np.uint8), 96_000)
+    del array_
     two = numbers(23)
     three = numbers(23)
     pagefold.merge([twin, one, two, three])
@@ -733,13 +736,14 @@ def test_an_array_that_goes_in_a_child_that_called_nothing() -> None:
     assert merging_pages() > PAGES
     child = os.fork()
     if child == 0:
-        del one, two
+        before = merging_pages()
+        del one
+        without_one = merging_pages()
+        del two
+        if not before > without_one > merging_pages():  # its pages are private and anonymous before malloc has them
+            os._exit(2)
         zeros = [np.zeros(100_000, np.uint8) for _ in range(20)]
-        os._exit(
-            0
-            if not any(zero.any() for zero in zeros) and same(three, 23) and list(twin[:2]) == ["object", "text"]
-            else 1
-        )
+        os._exit(0 if not any(zero.any() for zero in zeros) and same(three, 23) and (above == twin).all() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert same(two, 23)
 
@@ -854,6 +858,13 @@ def test_the_interpreter_ends_in_silence(end: str) -> None:
     early = "atexit.register(lambda: pagefold.unadvise(handle))" if end == "later exit handlers" else ""
     done = python("-c", PROGRAM.format(early=early, end=ENDS[end]))
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_the_agent_has_stopped_before_memory_goes() -> None:
+    """What was registered before us runs after us; then come the modules and all that they hold, in any order."""
+    early = "from pagefold.live import agent\natexit.register(lambda: print(agent.library().state().started))"
+    done = python("-c", PROGRAM.format(early=early, end="print(agent.library().state().started)"))
+    assert (done.stdout.split(), done.stderr) == (["1", "0"], "")
 
 
 @own_process

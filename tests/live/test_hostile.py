@@ -54,7 +54,7 @@ def honest(daemon: DaemonProcess, crowd: Crowd) -> Iterator[list[Client]]:
 def slots_are_right(client: Client) -> bool:
     """Tell whether the store holds, where a client's pages are, what the pages hold."""
     for number, first, count, extent, slot in client.asked:
-        if extent not in (0, messages.PRIVATE):
+        if extent in client.extents and number in client.buffers:  # not released since
             view = np.frombuffer(client.extents[extent][1], np.uint8).reshape(-1, PAGE)
             same = np.array_equal(view[slot : slot + count], client.buffers[number].expected[first : first + count])
             del view
@@ -433,16 +433,16 @@ def push(connection: socket.socket, packet: bytes, times: int) -> int:
 def wait_writable(connection: socket.socket) -> bool:
     poll = select.poll()
     poll.register(connection, select.POLLOUT)
-    return bool(poll.poll(300))
+    return bool(poll.poll(100))
 
 
 def test_questions_without_listening(daemon: DaemonProcess, crowd: Crowd, honest: list[Client]) -> None:
     """It is not heard before it has taken the answers: they would pile up in the daemon."""
     before = daemon.resident()
-    rude = [nonblocking(daemon) for _ in range(20)]
+    rude = [nonblocking(daemon) for _ in range(5)]
     question = control.pack({"verb": "stat"})[0]
     sent = sum(push(connection, question, 1500) for connection in rude)
-    assert sent < 20 * 1500, "it took all of them"
+    assert sent < 5 * 1500, "it took all of them"
     assert daemon.resident() - before < 16 * MIB
     assert daemon.stat()["ok"]
     for connection in rude:
@@ -466,7 +466,7 @@ def test_a_client_that_asks_for_answers_and_never_reads(daemons: Start, crowd: C
 def test_a_client_that_never_reads_is_asked_no_more(daemons: Start, crowd: Crowd) -> None:
     daemon = daemons(patch={"pagefold.live.peer._PATIENCE": 0.3})
     deaf = Client(daemon.path)
-    contents = random_pages(1, 4000)
+    contents = random_pages(1, 1200)
     contents[::2] = 0
     for _ in range(3):
         deaf.advise(contents)
@@ -475,7 +475,7 @@ def test_a_client_that_never_reads_is_asked_no_more(daemons: Start, crowd: Crowd
     crowd.until(lambda: merged(daemon) >= 100)
     crowd.until(daemon.settled)
     looks = int(daemon.ask("history")["looks"])
-    crowd.until(lambda: int(daemon.ask("history")["looks"]) > looks + 50)
+    crowd.until(lambda: int(daemon.ask("history")["looks"]) > looks + 20)
     assert daemon.resident() - before < 32 * MIB
     deaf.close()
     crowd.until(lambda: len(daemon.stat()["clients"]) == 2)
@@ -484,6 +484,7 @@ def test_a_client_that_never_reads_is_asked_no_more(daemons: Start, crowd: Crowd
 
 def test_advice_and_its_end_by_the_thousands(daemon: DaemonProcess, crowd: Crowd, honest: list[Client]) -> None:
     flood = crowd.join(daemon.path)
+    crowd.until(lambda: len(daemon.stat()["clients"]) == 3)
     crowd.until(lambda: daemon.descriptors().count("socket") == 6)
     before, descriptors = 0, daemon.descriptors()
     for turn in range(3):

@@ -20,7 +20,7 @@ BOUND = 300.0  # seconds that a run may take on a machine that does other things
 IMPOSSIBLE = 4
 WRITERS = {"store", "read", "pipe", "direct", "uring", "mem", "vm", "remote"}
 READERS = {"look", "write", "vmread", "memread", "directwrite", "uringwrite"}
-CHILDREN = {"fork", "vfork", "spawn", "exec"}
+CHILDREN = {"fork", "forkmerge", "vfork", "spawn", "exec"}
 # A fault of the specimen, and who meets it soonest.
 SPECIMENS = [
     ("early", "store,look"),
@@ -95,6 +95,7 @@ def test_nothing_is_lost_whatever_writes(build: Path) -> None:
         pytest.param("direct,uring,directwrite,uringwrite", ["--windows", 5000], id="pins"),
         pytest.param("store,uring,fork,exec,look", ["--windows", 2000, "--fork-pause", 5], id="forks"),
         pytest.param("mem,vm,remote,memread,vmread", ["--windows", 5000], id="by-address"),
+        pytest.param("store,look,churn,limit", ["--windows", 1000], id="no-mappings-left"),
         pytest.param("store,read,look,huge,churn", ["--windows", 5000, "--huge", "--pages", 8192], id="huge-pages"),
     ],
 )

@@ -52,12 +52,12 @@ static int merges(struct member *me) {
 
 static int forked(struct member *me) {
     struct nursery *nursery = me->own;
-    uint64_t failures = atomic_load(&verdict->failures);
+    uint64_t failures = verdict_failed_here();
     shadow_copy(nursery->after);
     int wrong = arena_verify(me->name, nursery->before, nursery->after) != 0;
     if (!wrong && !strcmp(nursery->kind, "forkmerge"))
         wrong = merges(me) || arena_verify(me->name, nursery->before, nursery->after);
-    return wrong || spoil(&me->chance) || atomic_load(&verdict->failures) != failures;
+    return wrong || spoil(&me->chance) || verdict_failed_here() != failures;
 }
 
 /* Runs in a vfork child: the memory is the parent's, whose other threads go on. */

@@ -25,7 +25,8 @@ static const char usage[] =
     "  --kinds LIST    what runs, commas between; with '-' in front: all but these (all but rawfork and limit)\n"
     "                  writers:  store read pipe direct uring mem vm remote\n"
     "                  readers:  look write vmread memread directwrite uringwrite\n"
-    "                  children: fork forkmerge vfork spawn exec rawfork    trouble: churn signal huge limit\n"
+    "                  children: fork forkmerge vfork spawn exec rawfork\n"
+    "                  trouble:  churn signal scan advice migrate huge limit\n"
     "  --seed N        of all chance\n"
     "  --spread P      percent of the writes that go anywhere, not to the hot place\n"
     "  --calm P        percent of the time in which writers and readers sleep (50)\n"
@@ -76,7 +77,7 @@ int options_kind(const char *name) {
 
 static const char *const all_kinds[] = {"store",   "read",        "pipe",       "direct", "uring", "mem",   "vm",   "remote",
                                         "look",    "write",       "vmread",     "memread", "directwrite", "uringwrite", "fork", "forkmerge",
-                                        "vfork",   "spawn",       "exec",       "rawfork", "churn", "signal", "huge", "limit"};
+                                        "vfork",   "spawn",       "exec",       "rawfork", "churn", "signal", "huge", "limit", "scan", "advice", "migrate"};
 
 int options_memory_may_fail(void) { return options.refuse || options_kind("limit"); }
 

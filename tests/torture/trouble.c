@@ -1,9 +1,11 @@
 /* Own those who only make trouble: mappings that come and go beside the arena, signals that interrupt, huge pages that form,
- * and so many mappings that there are no more. */
+ * so many mappings that there are no more, scans that protect pages, advice, pages that migrate. */
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -16,6 +18,11 @@
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
 #endif
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#define MADV_POPULATE_WRITE 23
+#endif
+#define MPOL_MF_MOVE 2
 
 enum { BESIDE = 128, ELSEWHERE = 16 };
 
@@ -88,6 +95,52 @@ static void use_up_mappings(struct member *me) {
     munmap(range, 2ull * MOST * PF_PAGE);
 }
 
+struct scan { /* as the kernel lays it out */
+    uint64_t size, flags, start, end, walk_end, found, found_room, most_pages;
+    uint64_t inverted, all_of, any_of, returned;
+};
+
+/* What a daemon does to learn which pages were written: it protects them for the next look, also in the middle of a window. */
+static void scan_for_writes(struct member *me) {
+    enum { PROTECT_FOUND = 1, MAY_BE_PROTECTED = 1, WRITTEN = 2 };
+    static int pagemap = -1;
+    uint64_t found[64 * 3];
+    uint32_t from = below(&me->chance, arena.pages), pages = 1 + below(&me->chance, 64);
+    pages = pages < arena.pages - from ? pages : arena.pages - from;
+    if (pagemap < 0)
+        pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    struct scan scan = {.size = sizeof scan, .flags = PROTECT_FOUND, .start = (uint64_t)page_at(from),
+                        .end = (uint64_t)page_at(from + pages), .found = (uint64_t)found, .found_room = 64,
+                        .all_of = MAY_BE_PROTECTED | WRITTEN, .returned = WRITTEN};
+    ioctl(pagemap, _IOWR('f', 16, struct scan), &scan); /* refused where nothing is tracked */
+    usleep(below(&me->chance, 300));
+}
+
+/* Advice that changes no byte of memory, whatever it is. */
+static void advise_harmlessly(struct member *me) {
+    static const int advice[] = {MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_COLD, MADV_PAGEOUT, MADV_WILLNEED};
+    uint32_t from = below(&me->chance, arena.pages), pages = 1 + below(&me->chance, 16);
+    pages = pages < arena.pages - from ? pages : arena.pages - from;
+    beat("advises", page_at(from));
+    madvise(page_at(from), (uint64_t)pages * PF_PAGE, advice[below(&me->chance, sizeof advice / sizeof *advice)]);
+    usleep(below(&me->chance, 500));
+}
+
+/* Move pages to another node, if there are two. */
+static void migrate(struct member *me) {
+    enum { MOST = 16, NODES = 2 };
+    void *pages[MOST];
+    int nodes[MOST], became[MOST];
+    uint32_t from = below(&me->chance, arena.pages - MOST);
+    for (uint32_t page = 0; page < MOST; page++) {
+        pages[page] = page_at(from + page);
+        nodes[page] = (int)below(&me->chance, NODES);
+    }
+    beat("migrates", page_at(from));
+    syscall(SYS_move_pages, 0, (unsigned long)MOST, pages, nodes, became, MPOL_MF_MOVE);
+    usleep(below(&me->chance, 500));
+}
+
 struct trouble_kind {
     const char *name;
     void (*once)(struct member *me);
@@ -103,7 +156,8 @@ void trouble_run(struct member *me) {
 }
 
 void trouble_begin(void) {
-    static const struct trouble_kind kinds[] = {{"churn", churn}, {"signal", signal_someone}, {"huge", collapse}, {"limit", use_up_mappings}};
+    static const struct trouble_kind kinds[] = {{"churn", churn}, {"signal", signal_someone}, {"huge", collapse}, {"limit", use_up_mappings},
+                                                {"scan", scan_for_writes}, {"advice", advise_harmlessly}, {"migrate", migrate}};
     struct sigaction action = {.sa_handler = interrupted, .sa_flags = SA_RESTART};
     sigaction(SIGUSR1, &action, NULL);
     for (uint32_t kind = 0, number = 0; kind < sizeof kinds / sizeof *kinds; kind++)

@@ -12,6 +12,7 @@
 #include "options.h"
 
 struct verdict *verdict;
+static uint64_t failed_here; /* not shared with children, but for what it was at the fork */
 
 int verdict_open(void) {
     void *memory = mmap(NULL, sizeof *verdict, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -51,10 +52,13 @@ void verdict_wrong(enum finder finder, const char *who, uint32_t page, uint32_t 
 
 void verdict_failed(const char *who, const char *what, int64_t error) {
     uint64_t before = atomic_fetch_add(&verdict->failures, 1);
+    failed_here++;
     if (before < TOLD_IN_FULL)
         tell("torture: FAILED %s: %s (%lld%s%s)", who, what, (long long)error, error > 0 ? ": " : "",
              error > 0 ? strerror((int)error) : "");
 }
+
+uint64_t verdict_failed_here(void) { return failed_here; }
 
 int verdict_enough(void) {
     return (options.until_wrong && verdict_bad()) || atomic_load(&verdict->reports) + atomic_load(&verdict->failures) > ENOUGH;

@@ -26,6 +26,8 @@ void verdict_wrong(enum finder finder, const char *who, uint32_t page, uint32_t 
                    const uint8_t *seen, uint32_t bytes);
 /* A call that must not fail did; `error` is an errno or 0. */
 void verdict_failed(const char *who, const char *what, int64_t error);
+/* How often that was, told by this process; a child begins with its parent's number. */
+uint64_t verdict_failed_here(void);
 /* Whether so much is wrong that going on tells nothing new. */
 int verdict_enough(void);
 int verdict_bad(void);

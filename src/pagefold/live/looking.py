@@ -5,6 +5,7 @@ Must not know: what the engine makes of it.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterable
 
@@ -43,8 +44,11 @@ class Looking:
         self.looks += 1
         changed = False
         for peer in peers:
+            inherited: list[tuple[Region, Int64]] = []
             try:
-                inherited, written, broken = peer.inherited(), peer.written(), peer.newly_broken()
+                with contextlib.suppress(OSError):  # no descriptor left; the next look asks again
+                    inherited = peer.inherited()
+                written, broken = peer.written(), peer.newly_broken()
             except OSError:  # it ended; its connection says so soon
                 continue
             assert peer.process is not None

@@ -200,8 +200,8 @@ class Peer:
 
     def inherited(self) -> list[tuple[Region, Int64]]:
         """Return the pages of regions new to us that map a store already: that of a daemon before us."""
+        spans = tracking.mapped_stores(self.pid, [(region.start, region.end) for region in self.unseen])
         fresh, self.unseen = self.unseen, []
-        spans = tracking.mapped_stores(self.pid, [(region.start, region.end) for region in fresh])
         return [
             (region, np.concatenate([np.arange(*region.indices(np.array(span)), dtype=np.int64) for span in those]))
             for region, those in zip(fresh, spans, strict=True)

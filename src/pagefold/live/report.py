@@ -144,5 +144,8 @@ def region_report(region: Region, before: int) -> dict[str, Any]:
 
 
 def _resident() -> int:
-    """Return the resident memory of this process, in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Return the resident memory of this process, in bytes; 0 if there is no descriptor left to ask."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

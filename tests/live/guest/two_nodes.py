@@ -334,6 +334,25 @@ def private_pages_that_move(world):
         assert after[here[0], index][0] == after[there[0], index][0] and not after[here[1], index][2]
 
 
+def slots_move_while_others_die(world):
+    """A slot that comes to a node does not mix with those that died there at the same time: none is lost."""
+    leaving = [world.spawn(0, range(1, 17)) for _ in range(2)]
+    dying = [world.spawn(1, range(101, 117)) for _ in range(2)]
+    world.settle()
+    world.set(run=0)
+    assert leaving[0].ask("move", list(range(16)), 1) == [1] * 16
+    for one in dying:
+        one.kill()
+        world.neighbours.remove(one)
+    before = world.look()
+    world.set(run=1)
+    world.settle()
+    check_no_page_joined_another_node(before, world.look())
+    counters = world.counters()
+    assert (counters["pages_shared"], counters["pages_sharing"]) == (16, 16), counters
+    world.verify()
+
+
 def emptied_extents_keep_their_nodes(world):
     """Slots that are copied, because few others of their extent live, stay on the node to which they were moved."""
     pair = [world.spawn(0, range(1, 129)) for _ in range(2)]
@@ -422,7 +441,7 @@ def storm(world, rounds=25, seed=int(os.environ.get("SEED", "1"))):
 CASES = (
     *(equal_pages_stay_apart, across_nodes_they_are_one, nothing_joins_a_misplaced_page, moved_onto_its_equal),
     *(slots_change_places, moved_in_the_middle_of_a_pass, private_pages_that_move),
-    *(written_and_given_back, emptied_extents_keep_their_nodes, storm),
+    *(written_and_given_back, slots_move_while_others_die, emptied_extents_keep_their_nodes, storm),
 )
 
 
