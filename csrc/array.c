@@ -5,7 +5,7 @@
  * has the same size. `lock` is held for a few instructions, never over a system call, never together with W.
  *
  * Freeing never waits longer than for one window: a block that is just being adopted is only marked, and whoever adopts
- * it unmaps it. A forked child may find a block in the middle of that, with nobody to end it: it is UNSURE then, and the
+ * it unmaps it. A forked child may find a block in the middle of that, with nobody to end it: it is unsure then, and the
  * registry is asked whether it became a region.
  */
 #define _GNU_SOURCE
@@ -19,6 +19,7 @@
 #include <sys/mman.h>
 
 #include "agent.h"
+#include "blocks.h"
 #include "command.h"
 #include "regions.h"
 
@@ -28,24 +29,10 @@
 #define CACHE_BLOCK (32u << 20)      /* the largest; the C library's malloc does not keep larger ones either */
 #define OLD_ENOUGH 2u                /* ticks */
 #define FEW 16u                      /* adoptions at a stretch */
-#define SLAB_BLOCKS 512u
-
-struct block {
-    uint64_t start, bytes;
-    enum { YOUNG, MOVING, ADOPTING, DOOMED, UNSURE, REGION, LEFT } state;
-    uint32_t born; /* tick */
-    int64_t region;
-    struct block *next;               /* in the chain of its bucket, or of free records */
-    struct block *younger, *older;    /* YOUNG: in the list */
-};
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of everything here */
-static struct block **buckets;
-static uint32_t bucket_count, block_count;
-static struct block *unused;              /* records */
-static struct block *youngest, *oldest;   /* of the YOUNG */
-static struct block *adopting;            /* by the command thread, right now */
-static struct block *unsure;              /* it was that when we were forked; UNSURE, or DOOMED */
+static struct pf_block *adopting;            /* by the command thread, right now */
+static struct pf_block *unsure;              /* it was that when we were forked; PF_BLOCK_UNSURE, or PF_BLOCK_DOOMED */
 static struct cached {
     uint64_t start, bytes;
     uint32_t since; /* tick */
@@ -68,91 +55,6 @@ static uint64_t whole_pages(size_t size) {
     return ((uint64_t)size + PF_PAGE - 1) & ~(uint64_t)(PF_PAGE - 1);
 }
 
-/* --- the table of blocks; with the lock ------------------------------------------------------------------------------- */
-
-static struct block **bucket(uint64_t start) {
-    return &buckets[(start / PF_PAGE * 0x9e3779b97f4a7c15u) >> 32 & (bucket_count - 1)];
-}
-
-static struct block *find(uint64_t start) {
-    if (bucket_count == 0)
-        return NULL;
-    struct block *at = *bucket(start);
-    while (at && at->start != start)
-        at = at->next;
-    return at;
-}
-
-static bool more_buckets(void) {
-    uint32_t more = bucket_count ? bucket_count * 2 : PF_PAGE / sizeof *buckets;
-    struct block **old = buckets, **made = map(more * sizeof *buckets);
-    uint32_t old_count = bucket_count;
-    if (made == NULL)
-        return false;
-    buckets = made;
-    bucket_count = more;
-    for (uint32_t i = 0; i < old_count; i++)
-        for (struct block *at = old[i], *next; at; at = next) {
-            next = at->next;
-            at->next = *bucket(at->start);
-            *bucket(at->start) = at;
-        }
-    if (old)
-        munmap(old, old_count * sizeof *old);
-    return true;
-}
-
-static struct block *new_record(void) {
-    if (unused == NULL) {
-        struct block *slab = map(SLAB_BLOCKS * sizeof *slab);
-        if (slab == NULL)
-            return NULL;
-        for (uint32_t i = 0; i < SLAB_BLOCKS; i++) {
-            slab[i].next = unused;
-            unused = &slab[i];
-        }
-    }
-    struct block *block = unused;
-    unused = block->next;
-    return block;
-}
-
-static void grow_up(struct block *block) {
-    *(block->younger ? &block->younger->older : &youngest) = block->older;
-    *(block->older ? &block->older->younger : &oldest) = block->younger;
-    block->younger = block->older = NULL;
-}
-
-static void be_young(struct block *block) {
-    block->state = YOUNG;
-    block->born = ticks;
-    block->younger = NULL;
-    block->older = youngest;
-    *(youngest ? &youngest->younger : &oldest) = block;
-    youngest = block;
-}
-
-static void enter(struct block *block, uint64_t start, uint64_t bytes) {
-    block->start = start;
-    block->bytes = bytes;
-    block->next = *bucket(start);
-    *bucket(start) = block;
-    block_count++;
-}
-
-static void leave(struct block *block) {
-    struct block **at = bucket(block->start);
-    while (*at != block)
-        at = &(*at)->next;
-    *at = block->next;
-    block_count--;
-}
-
-static void throw_away(struct block *record) {
-    record->next = unused;
-    unused = record;
-}
-
 /* Whether someone must be woken to look after us; asked with the lock, done without. */
 static bool begin_ticking(void) {
     bool begin = !ticking;
@@ -165,14 +67,8 @@ static bool begin_ticking(void) {
 /* Make mapped memory a block; false: there is no memory for its record. */
 static bool own(uint64_t start, uint64_t bytes) {
     pthread_mutex_lock(&lock);
-    bool room = block_count < bucket_count || more_buckets() || bucket_count > 0;
-    struct block *block = room ? new_record() : NULL;
-    bool wake = false;
-    if (block) {
-        enter(block, start, bytes);
-        be_young(block);
-        wake = begin_ticking();
-    }
+    struct pf_block *block = pf_blocks_enter(start, bytes, ticks);
+    bool wake = block && begin_ticking();
     pthread_mutex_unlock(&lock);
     if (wake)
         pf_command_ring(PF_BELL_ARRAYS);
@@ -261,21 +157,21 @@ void pf_array_free(void *ctx, void *pointer, size_t size) {
     (void)ctx;
     (void)size; /* NumPy's idea of it; ours is in the table */
     uint64_t start = (uint64_t)(uintptr_t)pointer;
-    struct block *block = NULL, copy;
+    struct pf_block *block = NULL, copy;
     if (start % PF_PAGE == 0 && start) {
         pthread_mutex_lock(&lock);
-        block = find(start);
+        block = pf_blocks_find(start);
         if (block) {
             copy = *block;
-            leave(block);
-            if (block->state == YOUNG)
-                grow_up(block);
+            pf_blocks_leave(block);
+            if (block->state == PF_BLOCK_YOUNG)
+                pf_blocks_grow_up(block);
             if (block == unsure)
                 unsure = NULL;
-            if (block->state == ADOPTING)
-                block->state = DOOMED;
+            if (block->state == PF_BLOCK_ADOPTING)
+                block->state = PF_BLOCK_DOOMED;
             else
-                throw_away(block);
+                pf_blocks_throw_away(block);
         }
         pthread_mutex_unlock(&lock);
     }
@@ -285,16 +181,16 @@ void pf_array_free(void *ctx, void *pointer, size_t size) {
     }
     struct pf_region region;
     switch (copy.state) {
-    case ADOPTING:
+    case PF_BLOCK_ADOPTING:
         return; /* who adopts it unmaps it */
-    case YOUNG:
+    case PF_BLOCK_YOUNG:
         keep_or_unmap(copy.start, copy.bytes);
         return;
-    case UNSURE:
+    case PF_BLOCK_UNSURE:
         if (pf_region_at(start, &region))
             pf_forget(region.id);
         break;
-    case REGION:
+    case PF_BLOCK_REGION:
         pf_forget(copy.region);
         break;
     default:
@@ -307,11 +203,11 @@ void pf_array_free(void *ctx, void *pointer, size_t size) {
 static void *move_young(uint64_t start, size_t size) {
     uint64_t bytes = whole_pages(size ? size : 1);
     pthread_mutex_lock(&lock);
-    struct block *block = find(start);
-    bool young = block && block->state == YOUNG;
+    struct pf_block *block = pf_blocks_find(start);
+    bool young = block && block->state == PF_BLOCK_YOUNG;
     if (young) {
-        grow_up(block);
-        block->state = MOVING; /* nobody adopts it now */
+        pf_blocks_grow_up(block);
+        block->state = PF_BLOCK_MOVING; /* nobody adopts it now */
     }
     pthread_mutex_unlock(&lock);
     if (!young)
@@ -321,10 +217,9 @@ static void *move_young(uint64_t start, size_t size) {
         memset((char *)moved + size, 0, bytes - size);
     pthread_mutex_lock(&lock);
     if (moved != MAP_FAILED) {
-        leave(block);
-        enter(block, (uint64_t)(uintptr_t)moved, bytes);
+        pf_blocks_move(block, (uint64_t)(uintptr_t)moved, bytes);
     }
-    be_young(block);
+    pf_blocks_be_young(block, ticks);
     bool wake = begin_ticking();
     pthread_mutex_unlock(&lock);
     if (wake)
@@ -340,7 +235,7 @@ void *pf_array_realloc(void *ctx, void *pointer, size_t size) {
     bool ours = false;
     if (start % PF_PAGE == 0) {
         pthread_mutex_lock(&lock);
-        struct block *block = find(start);
+        struct pf_block *block = pf_blocks_find(start);
         ours = block != NULL;
         bytes = ours ? block->bytes : 0;
         pthread_mutex_unlock(&lock);
@@ -365,17 +260,17 @@ void *pf_array_realloc(void *ctx, void *pointer, size_t size) {
 
 /* --- growing up --------------------------------------------------------------------------------------------------------- */
 
-static void adopt(struct block *block) {
-    uint64_t start = block->start, bytes = block->bytes; /* nobody changes them while it is ADOPTING */
+static void adopt(struct pf_block *block) {
+    uint64_t start = block->start, bytes = block->bytes; /* nobody changes them while it is PF_BLOCK_ADOPTING */
     int64_t region = pf_agent_advise(start, bytes, 0, bytes >= HUGE_BYTES ? PF_VMA_HUGEPAGE : 0);
     pthread_mutex_lock(&lock);
-    bool doomed = block->state == DOOMED;
+    bool doomed = block->state == PF_BLOCK_DOOMED;
     adopting = NULL;
     if (doomed) {
-        throw_away(block);
+        pf_blocks_throw_away(block);
     } else {
         block->region = region;
-        block->state = region > 0 ? REGION : LEFT;
+        block->state = region > 0 ? PF_BLOCK_REGION : PF_BLOCK_LEFT;
     }
     pthread_mutex_unlock(&lock);
     if (!doomed)
@@ -395,14 +290,14 @@ static void settle_unsure(void) {
     bool is_region = pf_region_at(start, &region), doomed = false;
     pthread_mutex_lock(&lock);
     if (unsure && unsure->start == start) { /* not freed meanwhile */
-        doomed = unsure->state == DOOMED;
+        doomed = unsure->state == PF_BLOCK_DOOMED;
         if (doomed) {
-            throw_away(unsure);
+            pf_blocks_throw_away(unsure);
         } else if (is_region) {
-            unsure->state = REGION;
+            unsure->state = PF_BLOCK_REGION;
             unsure->region = region.id;
         } else {
-            be_young(unsure);
+            pf_blocks_be_young(unsure, ticks);
         }
         unsure = NULL;
     }
@@ -436,10 +331,10 @@ bool pf_array_tick(void) {
     drop_cache();
     for (uint32_t adopted = 0;; adopted++) {
         pthread_mutex_lock(&lock);
-        struct block *block = oldest;
+        struct pf_block *block = pf_blocks_oldest();
         if (block && ticks - block->born >= OLD_ENOUGH) {
-            grow_up(block);
-            block->state = ADOPTING;
+            pf_blocks_grow_up(block);
+            block->state = PF_BLOCK_ADOPTING;
             adopting = block;
         } else {
             bool again = ticking = block != NULL || cached_count > 0;
@@ -455,7 +350,7 @@ bool pf_array_tick(void) {
 
 bool pf_array_any(void) {
     pthread_mutex_lock(&lock);
-    bool any = oldest || cached_count || unsure;
+    bool any = pf_blocks_oldest() || cached_count || unsure;
     ticking = any;
     pthread_mutex_unlock(&lock);
     return any;
@@ -469,8 +364,8 @@ void pf_array_after_fork(bool child) {
     if (child) {
         ticking = false;
         unsure = adopting ? adopting : unsure;
-        if (adopting && adopting->state == ADOPTING)
-            adopting->state = UNSURE;
+        if (adopting && adopting->state == PF_BLOCK_ADOPTING)
+            adopting->state = PF_BLOCK_UNSURE;
         adopting = NULL;
     }
     pthread_mutex_unlock(&lock);

@@ -13,35 +13,17 @@
 #include "embedded.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <signal.h>
 #include <string.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include "chunks.h"
 #include "command.h"
 #include "fault.h"
-#include "hash.h"
 #include "index.h"
-#include "kernel.h"
 #include "regions.h"
+#include "strip.h"
 #include "window.h"
-
-#define STRIP PF_RUN_PAGES
-
-enum plan { NOTHING, ZERO, SLOT, TWIN, FOREIGN };
-
-struct page {
-    enum plan plan;
-    uint8_t status;
-    bool alone;   /* mapped by this process only: merging it frees it */
-    uint64_t hash;
-    uint32_t chunk, slot;       /* SLOT; also what was made for the others */
-    int64_t twin;               /* TWIN: region ... */
-    uint64_t twin_page;         /* ... and page of it */
-    bool twin_fits;             /* its bytes were equal a moment ago */
-};
 
 /* The end of the last run that was mapped: the next one may join it. */
 struct tail {
@@ -57,24 +39,10 @@ struct merge {
     uint32_t count; /* pages of the strip */
     uint64_t windows_left; /* that may make new mappings, within the budget */
     struct tail tail, twin_tail;
-    struct page pages[STRIP];
+    struct pf_page pages[PF_STRIP];
 };
 
-static uint8_t bytes[STRIP * PF_PAGE], twin_bytes[STRIP * PF_PAGE];
-static int pagemap = -1, memory = -1;
-
-/* Copy memory of this process that may vanish at any moment. Not by process_vm_readv if it can be helped: that pins, and
- * a page shared by fork is copied for being pinned. */
-static bool copy(uint64_t start, uint8_t *to, uint32_t pages) {
-    size_t size = (size_t)pages * PF_PAGE;
-    if (memory < 0)
-        memory = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
-    if (memory >= 0)
-        return pread(memory, to, size, (off_t)start) == (ssize_t)size;
-    struct iovec here = {to, size}, there = {(void *)start, size};
-    return process_vm_readv(getpid(), &here, 1, &there, 1, 0) == (ssize_t)size;
-}
-
+static uint8_t bytes[PF_STRIP * PF_PAGE], twin_bytes[PF_STRIP * PF_PAGE];
 /* Whether an entry may still be of use, for the index when it makes room. */
 static bool keep(const struct pf_entry *entry) {
     if (entry->kind == PF_ENTRY_SLOT)
@@ -86,60 +54,12 @@ static bool keep(const struct pf_entry *entry) {
     return process > 0 && (kill(process, 0) == 0 || errno != ESRCH);
 }
 
-/* Step 1. */
-static void look(struct merge *merge) {
-    uint64_t start = merge->about.start + merge->first * PF_PAGE;
-    uint64_t where[STRIP], entries[STRIP];
-    uint8_t zeros[STRIP] = {0};
-    bool wanted = false, gone = pf_region_where(merge->region, merge->first, merge->count, where) != 0;
-    if (pagemap < 0)
-        pagemap = pf_pagemap_open();
-    bool seen = pagemap >= 0 && pf_pagemap_read(pagemap, start, merge->count, entries) >= 0;
-    if (seen && pf_pagemap_zeros(pagemap, start, merge->count, zeros) < 0)
-        memset(zeros, 0, sizeof zeros);
-    for (uint32_t i = 0; i < merge->count; i++) {
-        struct page *page = &merge->pages[i];
-        *page = (struct page){.plan = NOTHING};
-        bool private = seen && (entries[i] & PF_PM_PRESENT) && !(entries[i] & PF_PM_FILE);
-        page->alone = seen && (entries[i] & PF_PM_EXCLUSIVE);
-        if (gone)
-            page->status = PF_UNMANAGED;
-        else if (!seen)
-            page->status = PF_OFF;
-        else if (where[i])
-            page->status = private ? PF_BROKEN : PF_ALREADY;
-        else if (!(entries[i] & PF_PM_PRESENT) || zeros[i])
-            page->status = PF_ABSENT;
-        else if (!private)
-            page->status = PF_UNSUITABLE;
-        else
-            page->status = PF_UNKNOWN;
-        wanted |= page->status == PF_UNKNOWN;
-    }
-    if (!wanted)
-        return;
-    bool whole = copy(start, bytes, merge->count);
-    for (uint32_t i = 0; i < merge->count; i++) {
-        struct page *page = &merge->pages[i];
-        bool zero;
-        if (page->status != PF_UNKNOWN)
-            continue;
-        if (!whole && !copy(start + (uint64_t)i * PF_PAGE, bytes + i * PF_PAGE, 1)) {
-            page->status = PF_UNMANAGED;
-            continue;
-        }
-        page->hash = pf_page_hash(bytes + i * PF_PAGE, &zero);
-        if (zero)
-            page->plan = ZERO;
-    }
-}
-
 /* Step 2 for one page; `family` is locked. */
 static void ask(struct merge *merge, struct pf_family *family, uint32_t i) {
-    struct page *page = &merge->pages[i];
+    struct pf_page *page = &merge->pages[i];
     uint32_t self[3] = {(uint32_t)getpid(), (uint32_t)merge->region, (uint32_t)(merge->first + i)};
     struct pf_entry *entry = pf_index_find(page->hash);
-    page->plan = NOTHING;
+    page->plan = PF_PLAN_NOTHING;
     if (entry == NULL) {
         pf_index_add(page->hash, PF_ENTRY_PAGE, self[0], self[1], self[2], keep);
         return;
@@ -147,7 +67,7 @@ static void ask(struct merge *merge, struct pf_family *family, uint32_t i) {
     uint32_t place[3] = {entry->place[0], entry->place[1], entry->place[2]};
     if (entry->kind == PF_ENTRY_SLOT) {
         if (place[1] < PF_CHUNK_PAGES && pf_chunk_usable(family, place[0])) {
-            page->plan = SLOT;
+            page->plan = PF_PLAN_SLOT;
             page->chunk = place[0];
             page->slot = place[1];
         } else {
@@ -158,19 +78,19 @@ static void ask(struct merge *merge, struct pf_family *family, uint32_t i) {
     } else if (!keep(entry)) {
         pf_entry_set(entry, PF_ENTRY_PAGE, self[0], self[1], self[2]);
     } else if (place[0] == self[0]) {
-        page->plan = TWIN;
+        page->plan = PF_PLAN_TWIN;
         page->twin = place[1];
         page->twin_page = place[2];
     } else {
-        page->plan = FOREIGN;
+        page->plan = PF_PLAN_FOREIGN;
     }
 }
 
 /* Step 3: neighbours with neighbouring twins are compared in one go. A twin that is another by now gives its place to us. */
 static uint32_t twins_in_a_row(const struct merge *merge, uint32_t i) {
     uint32_t n = 1;
-    const struct page *first = &merge->pages[i];
-    while (i + n < merge->count && merge->pages[i + n].plan == TWIN && merge->pages[i + n].twin == first->twin &&
+    const struct pf_page *first = &merge->pages[i];
+    while (i + n < merge->count && merge->pages[i + n].plan == PF_PLAN_TWIN && merge->pages[i + n].twin == first->twin &&
            merge->pages[i + n].twin_page == first->twin_page + n)
         n++;
     return n;
@@ -178,15 +98,15 @@ static uint32_t twins_in_a_row(const struct merge *merge, uint32_t i) {
 
 static void compare_twins(struct merge *merge) {
     for (uint32_t i = 0, n; i < merge->count; i += n) {
-        struct page *page = &merge->pages[i];
+        struct pf_page *page = &merge->pages[i];
         struct pf_region region;
         n = 1;
-        if (page->plan != TWIN)
+        if (page->plan != PF_PLAN_TWIN)
             continue;
         n = twins_in_a_row(merge, i);
         if (!pf_region_get(page->twin, &region) || page->twin_page + n > region.pages)
             continue;
-        bool there = copy(region.start + page->twin_page * PF_PAGE, twin_bytes, n);
+        bool there = pf_strip_copy(region.start + page->twin_page * PF_PAGE, twin_bytes, n);
         for (uint32_t k = 0; there && k < n; k++)
             merge->pages[i + k].twin_fits =
                 memcmp(twin_bytes + k * PF_PAGE, bytes + (i + k) * PF_PAGE, PF_PAGE) == 0;
@@ -204,22 +124,22 @@ static uint32_t equal_before(const struct merge *merge, const bool *make, uint32
 
 /* Step 4; `family` is locked. Someone else may have made a slot meanwhile: then that one will do. */
 static void make_slots(struct merge *merge, struct pf_family *family) {
-    bool make[STRIP] = {false};
-    uint32_t same[STRIP];
+    bool make[PF_STRIP] = {false};
+    uint32_t same[PF_STRIP];
     for (uint32_t i = 0; i < merge->count; i++) {
-        struct page *page = &merge->pages[i];
+        struct pf_page *page = &merge->pages[i];
         same[i] = i;
-        if (page->plan == TWIN && !page->twin_fits) {
+        if (page->plan == PF_PLAN_TWIN && !page->twin_fits) {
             struct pf_entry *entry = pf_index_find(page->hash);
             if (entry && entry->kind == PF_ENTRY_PAGE)
                 pf_entry_set(entry, PF_ENTRY_PAGE, (uint32_t)getpid(), (uint32_t)merge->region,
                              (uint32_t)(merge->first + i));
-            page->plan = NOTHING;
-        } else if (page->plan == TWIN || page->plan == FOREIGN) {
-            struct page before = *page;
+            page->plan = PF_PLAN_NOTHING;
+        } else if (page->plan == PF_PLAN_TWIN || page->plan == PF_PLAN_FOREIGN) {
+            struct pf_page before = *page;
             ask(merge, family, i);
-            make[i] = page->plan == TWIN || page->plan == FOREIGN;
-            if (before.plan == TWIN && page->plan == SLOT) /* the twin can have that slot too */
+            make[i] = page->plan == PF_PLAN_TWIN || page->plan == PF_PLAN_FOREIGN;
+            if (before.plan == PF_PLAN_TWIN && page->plan == PF_PLAN_SLOT) /* the twin can have that slot too */
                 page->twin = before.twin, page->twin_page = before.twin_page, page->twin_fits = true;
             same[i] = make[i] ? equal_before(merge, make, i) : i;
             make[i] &= same[i] == i;
@@ -237,25 +157,25 @@ static void make_slots(struct merge *merge, struct pf_family *family) {
         if (n == 0) { /* no memory: nothing of the rest either */
             for (; i < merge->count; i++)
                 if (make[i]) {
-                    merge->pages[i].plan = NOTHING;
+                    merge->pages[i].plan = PF_PLAN_NOTHING;
                     merge->pages[i].status = PF_NO_VMA;
                 }
             break;
         }
         merge->report->saved_bytes -= (uint64_t)n * PF_PAGE; /* the slots; made good by the pages that go */
         for (uint32_t k = 0; k < n; k++) {
-            struct page *page = &merge->pages[i + k];
+            struct pf_page *page = &merge->pages[i + k];
             struct pf_entry *entry = pf_index_find(page->hash);
             page->chunk = number;
             page->slot = slot + k;
-            page->plan = SLOT;
+            page->plan = PF_PLAN_SLOT;
             if (entry)
                 pf_entry_set(entry, PF_ENTRY_SLOT, number, slot + k, 0);
             PF_FAULT(PF_FAULT_STORE, 4);
         }
     }
     for (uint32_t i = 0; i < merge->count; i++) {
-        const struct page *first = &merge->pages[same[i]];
+        const struct pf_page *first = &merge->pages[same[i]];
         if (same[i] == i)
             continue;
         merge->pages[i].plan = first->plan;
@@ -267,30 +187,30 @@ static void make_slots(struct merge *merge, struct pf_family *family) {
 }
 
 /* Whether a run begins a new mapping, or goes on where the last one of its kind ended; and note where this one ends. */
-static bool new_mapping(struct tail *tail, uint64_t start, const struct page *page, uint32_t n) {
+static bool new_mapping(struct tail *tail, uint64_t start, const struct pf_page *page, uint32_t n) {
     bool goes_on = tail->end == start && tail->chunk == page->chunk && tail->slot == page->slot;
     *tail = (struct tail){start + (uint64_t)n * PF_PAGE, page->chunk, page->slot + n};
     return !goes_on;
 }
 
 static void swap_strip(struct merge *merge) {
-    uint8_t status[STRIP];
+    uint8_t status[PF_STRIP];
     uint64_t start = merge->about.start + merge->first * PF_PAGE;
     for (uint32_t i = 0, n; i < merge->count; i += n) {
-        struct page *page = &merge->pages[i];
+        struct pf_page *page = &merge->pages[i];
         for (n = 1; i + n < merge->count && merge->pages[i + n].plan == page->plan; n++)
-            if (page->plan == SLOT &&
+            if (page->plan == PF_PLAN_SLOT &&
                 (merge->pages[i + n].chunk != page->chunk || merge->pages[i + n].slot != page->slot + n))
                 break;
-        if (page->plan == NOTHING)
+        if (page->plan == PF_PLAN_NOTHING)
             continue;
-        if (page->plan == SLOT && merge->windows_left == 0) {
+        if (page->plan == PF_PLAN_SLOT && merge->windows_left == 0) {
             for (uint32_t k = 0; k < n; k++)
                 merge->pages[i + k].status = PF_NO_VMA;
             continue;
         }
         struct pf_target target = {.extent = 0, .fd = -1};
-        if (page->plan == SLOT) {
+        if (page->plan == PF_PLAN_SLOT) {
             target = pf_chunk_target(page->chunk, page->slot, n);
             if (target.extent == 0)
                 continue; /* cannot be: it was made usable a moment ago */
@@ -300,7 +220,7 @@ static void swap_strip(struct merge *merge) {
         for (uint32_t k = 0; k < n; k++) {
             merge->pages[i + k].status = status[k];
             if (status[k] == PF_MERGED) {
-                merge->report->zero_pages += page->plan == ZERO;
+                merge->report->zero_pages += page->plan == PF_PLAN_ZERO;
                 if (merge->pages[i + k].alone)
                     merge->report->saved_bytes += PF_PAGE;
             }
@@ -311,17 +231,17 @@ static void swap_strip(struct merge *merge) {
 /* The twins get the same slots. Not plainly: nobody promised anything for them; where windows are not safe, they follow at
  * their own next merge. */
 static void swap_twins(struct merge *merge) {
-    uint8_t status[STRIP];
-    uint64_t entries[STRIP];
+    uint8_t status[PF_STRIP];
+    bool alone[PF_STRIP];
     if (!pf_kit_ready())
         return;
     for (uint32_t i = 0, n; i < merge->count; i += n) {
-        struct page *page = &merge->pages[i];
+        struct pf_page *page = &merge->pages[i];
         struct pf_region region;
         n = 1;
-        if (page->plan != SLOT || !page->twin_fits)
+        if (page->plan != PF_PLAN_SLOT || !page->twin_fits)
             continue;
-        while (i + n < merge->count && merge->pages[i + n].plan == SLOT && merge->pages[i + n].twin_fits &&
+        while (i + n < merge->count && merge->pages[i + n].plan == PF_PLAN_SLOT && merge->pages[i + n].twin_fits &&
                merge->pages[i + n].twin == page->twin && merge->pages[i + n].twin_page == page->twin_page + n &&
                merge->pages[i + n].chunk == page->chunk && merge->pages[i + n].slot == page->slot + n)
             n++;
@@ -329,15 +249,14 @@ static void swap_twins(struct merge *merge) {
         if (target.extent == 0 || merge->windows_left == 0 || !pf_region_get(page->twin, &region))
             continue;
         uint64_t start = region.start + page->twin_page * PF_PAGE;
-        if (pagemap < 0 || pf_pagemap_read(pagemap, start, n, entries) < 0)
-            memset(entries, 0, sizeof entries);
+        pf_strip_alone(start, n, alone);
         merge->windows_left -= new_mapping(&merge->twin_tail, start, page, n);
         pf_window(page->twin, start, n, &target, 0, status);
         for (uint32_t k = 0; k < n; k++) {
             uint64_t which = page->twin_page + k;
             if (status[k] != PF_MERGED)
                 continue;
-            if (entries[k] & PF_PM_EXCLUSIVE)
+            if (alone[k])
                 merge->report->saved_bytes += PF_PAGE;
             if (page->twin != merge->region)
                 continue;
@@ -352,22 +271,22 @@ static void swap_twins(struct merge *merge) {
 }
 
 static void do_strip(struct merge *merge) {
-    look(merge);
+    pf_strip_look(&merge->about, merge->first, merge->count, merge->pages, bytes);
     struct pf_family *family = NULL;
     bool some = false, make = false;
     for (uint32_t i = 0; i < merge->count; i++)
-        some |= merge->pages[i].status == PF_UNKNOWN && merge->pages[i].plan != ZERO;
+        some |= merge->pages[i].status == PF_UNKNOWN && merge->pages[i].plan != PF_PLAN_ZERO;
     if (some) {
         family = pf_index_lock();
         for (uint32_t i = 0; i < merge->count; i++) {
-            struct page *page = &merge->pages[i];
-            if (page->status != PF_UNKNOWN || page->plan == ZERO)
+            struct pf_page *page = &merge->pages[i];
+            if (page->status != PF_UNKNOWN || page->plan == PF_PLAN_ZERO)
                 continue;
             if (family)
                 ask(merge, family, i);
             else
                 page->status = PF_BUSY;
-            make |= page->plan == TWIN || page->plan == FOREIGN;
+            make |= page->plan == PF_PLAN_TWIN || page->plan == PF_PLAN_FOREIGN;
         }
         PF_FAULT(PF_FAULT_STORE, 1);
         if (family)
@@ -382,33 +301,12 @@ static void do_strip(struct merge *merge) {
             pf_index_unlock();
         } else {
             for (uint32_t i = 0; i < merge->count; i++)
-                if (merge->pages[i].plan == TWIN || merge->pages[i].plan == FOREIGN)
-                    merge->pages[i].plan = NOTHING;
+                if (merge->pages[i].plan == PF_PLAN_TWIN || merge->pages[i].plan == PF_PLAN_FOREIGN)
+                    merge->pages[i].plan = PF_PLAN_NOTHING;
         }
     }
     swap_strip(merge);
     swap_twins(merge);
-}
-
-/* A window may cost two mappings more. Half of what the kernel allows is for the program. */
-static uint64_t budget(void) {
-    static char text[65536];
-    uint64_t most = 0, used = 0;
-    int fd = open("/proc/sys/vm/max_map_count", O_RDONLY | O_CLOEXEC);
-    ssize_t got = fd >= 0 ? read(fd, text, sizeof text) : 0;
-    for (ssize_t i = 0; i < got && text[i] >= '0' && text[i] <= '9'; i++)
-        most = most * 10 + (uint64_t)(text[i] - '0');
-    if (fd >= 0)
-        close(fd);
-    if (most == 0)
-        most = 65530;
-    fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
-    while (fd >= 0 && (got = read(fd, text, sizeof text)) > 0)
-        for (ssize_t i = 0; i < got; i++)
-            used += text[i] == '\n';
-    if (fd >= 0)
-        close(fd);
-    return used < most / 2 ? (most / 2 - used) / 2 : 0;
 }
 
 int pf_embedded_merge(int64_t region, struct pf_report *report) {
@@ -416,10 +314,10 @@ int pf_embedded_merge(int64_t region, struct pf_report *report) {
     merge = (struct merge){.region = region, .report = report};
     if (!pf_region_get(region, &merge.about) || merge.about.closing)
         return -ENOENT;
-    merge.windows_left = budget();
+    merge.windows_left = pf_strip_budget();
     while (merge.first < merge.about.pages) {
         uint64_t left = merge.about.pages - merge.first;
-        merge.count = left < STRIP ? (uint32_t)left : STRIP;
+        merge.count = left < PF_STRIP ? (uint32_t)left : PF_STRIP;
         if (!pf_command_breathe()) {
             report->by_status[PF_BUSY] += left;
             report->pages += left;
@@ -456,14 +354,10 @@ void pf_embedded_close(void) {
         pf_chunks_leave(family);
         pf_index_unlock();
     }
-    if (memory >= 0)
-        close(memory);
-    if (pagemap >= 0)
-        close(pagemap);
-    memory = pagemap = -1;
+    pf_strip_close();
 }
 
 void pf_embedded_child(void) {
-    memory = pagemap = -1; /* of the parent's private table */
+    pf_strip_child();
     pf_chunks_child();
 }

@@ -19,7 +19,6 @@
 #include <pthread.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -69,8 +68,9 @@ static void let_read(pid_t pid) {
     close(fd);
 }
 
-/* End the connection and what depended on it; memory stays as it is. */
-static void hang_up(bool soon) {
+/* End the connection and what depended on it; memory stays as it is. `next` is what those who wait for a daemon may expect:
+ * there must be no moment at which a daemon that we were just sent to looks lost. */
+static void hang_up(bool soon, enum pf_link_phase next) {
     if (link_fd >= 0) {
         close(link_fd);
         link_fd = -1;
@@ -85,7 +85,7 @@ static void hang_up(bool soon) {
         back_off = BACK_OFF_MS;
     retry_at = pf_now_ms() + back_off;
     back_off = back_off * 2 < BACK_OFF_MOST_MS ? back_off * 2 : BACK_OFF_MOST_MS;
-    pf_waiting_lost();
+    pf_waiting_lost(next);
 }
 
 /* Wait until the daemon takes more; false: it does not, or we are called away. */
@@ -169,14 +169,14 @@ static void reach(const char *path) {
     memcpy(at.sun_path, path, strlen(path) + 1); /* shorter than PF_LINK_PATH, which is its room */
     if (link_fd < 0 || connect(link_fd, (struct sockaddr *)&at, sizeof at) ||
         getsockopt(link_fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) || (peer.uid != geteuid() && peer.uid != 0)) {
-        hang_up(false);
+        hang_up(false, PF_LINK_DOWN);
         return;
     }
     daemon_pid = peer.pid;
     if (daemon_pid > 0)
         let_read(daemon_pid);
     if (!say_hello())
-        hang_up(false);
+        hang_up(false, PF_LINK_DOWN);
     PF_FAULT(PF_FAULT_LINK, 2);
 }
 
@@ -206,9 +206,8 @@ static bool on_welcome(const struct pf_welcome *welcome, int fd) {
         close(fd);
         pf_agent_kit(&safe, &why_errno, why);
         if (safe) { /* HELLO is the first packet of a connection and no other: say anew what is true now */
-            hang_up(true);
+            hang_up(true, PF_LINK_CONNECTING);
             retry_at = 0;
-            pf_waiting_phase(PF_LINK_CONNECTING);
             return true;
         }
     }
@@ -252,7 +251,7 @@ static bool receive(void) {
     if (bytes < 0 && (errno == EAGAIN || errno == EINTR))
         return false;
     if (bytes <= 0) {
-        hang_up(greeted);
+        hang_up(greeted, PF_LINK_DOWN);
         return false;
     }
     bool nonsense = (message.msg_flags & MSG_TRUNC) != 0;
@@ -270,7 +269,7 @@ static bool receive(void) {
     }
     if (!fine) {
         if (link_fd >= 0)
-            hang_up(false);
+            hang_up(false, PF_LINK_DOWN);
         return false;
     }
     return link_fd >= 0;
@@ -283,11 +282,9 @@ static bool follow_orders(char path[PF_LINK_PATH]) {
     path_changed = false;
     memcpy(path, wanted_path, PF_LINK_PATH);
     pthread_mutex_unlock(&lock);
-    if (end || elsewhere)
-        hang_up(true);
-    if (elsewhere && !end) {
+    if (end || elsewhere) {
+        hang_up(true, !end && path[0] ? PF_LINK_CONNECTING : PF_LINK_NONE);
         retry_at = 0;
-        pf_waiting_phase(path[0] ? PF_LINK_CONNECTING : PF_LINK_NONE);
     }
     return !end;
 }
@@ -309,14 +306,13 @@ static void *link_main(void *nothing) {
         if (on[0].revents) {
             drain_kicks();
             if (greeted && !(pf_announce() && pf_link_say_syncs()))
-                hang_up(true);
+                hang_up(true, PF_LINK_DOWN);
         }
         if (link_fd >= 0 && on[1].revents)
             for (int packets = 0; packets < 16 && receive(); packets++)
                 ;
     }
-    hang_up(true);
-    pf_waiting_phase(PF_LINK_NONE);
+    hang_up(true, PF_LINK_NONE);
     return NULL;
 }
 

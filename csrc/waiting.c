@@ -50,9 +50,9 @@ bool pf_link_connected(void) {
     return pf_waiting_phase_now() == PF_LINK_UP;
 }
 
-void pf_waiting_lost(void) {
+void pf_waiting_lost(enum pf_link_phase next) {
     pthread_mutex_lock(&lock);
-    phase = PF_LINK_DOWN;
+    phase = next;
     for (struct waiter *at = waiters; at; at = at->next)
         if (at->phase != ANSWERED) {
             at->error = -ENOTCONN;

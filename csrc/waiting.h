@@ -14,8 +14,8 @@ enum pf_link_phase { PF_LINK_NONE, PF_LINK_CONNECTING, PF_LINK_UP, PF_LINK_DOWN 
 
 void pf_waiting_phase(enum pf_link_phase phase);
 enum pf_link_phase pf_waiting_phase_now(void);
-/* The connection is lost: all who wait are told, and nobody waits for it to come back. */
-void pf_waiting_lost(void);
+/* The connection is lost: all who wait for an answer are told. */
+void pf_waiting_lost(enum pf_link_phase next);
 
 /* From the link's thread: */
 /* Take the next merge that the daemon was not asked for yet; false: none, or it was asked for enough at a time. `known`

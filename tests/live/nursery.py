@@ -4,7 +4,8 @@
     {"do": "reap", "pid"}  -> {"code"}, when it has ended
 
 `patch` gives modules' constants other values: {"pagefold.live.daemon._SAMPLE_SECONDS": 0.02}. `sabotage` ends the daemon at the
-n-th call of a function: {"call": "pagefold.live.peer.Peer.send", "count": 3, "after": false}; faults live here, not in the daemon.
+n-th call of a function, perhaps counted since another one was called first: {"call": "pagefold.live.peer.Peer.send", "count": 3,
+"after": false, "since": "pagefold.live.mirror.Mirror.set"}; faults live here, not in the daemon.
 """
 
 from __future__ import annotations
@@ -61,18 +62,28 @@ def find(dotted: str) -> tuple[Any, str]:
     raise LookupError(dotted)
 
 
-def sabotage(call: str, count: int, after: bool) -> None:
+def sabotage(call: str, count: int, after: bool, since: str = "") -> None:
     """Let the daemon be killed at the n-th call of a function, before it begins or after it has ended."""
     owner, name = find(call)
-    real, calls = getattr(owner, name), 0
+    real, calls, counting = getattr(owner, name), 0, not since
+    if since:
+        begin_owner, begin_name = find(since)
+        begin = getattr(begin_owner, begin_name)
+
+        def beginning(*args: Any, **named: Any) -> Any:
+            nonlocal counting
+            counting = True
+            return begin(*args, **named)
+
+        setattr(begin_owner, begin_name, beginning)
 
     def deadly(*args: Any, **named: Any) -> Any:
         nonlocal calls
-        calls += 1
-        if calls == count and not after:
+        calls += counting
+        if counting and calls == count and not after:
             os.kill(os.getpid(), signal.SIGKILL)
         answer = real(*args, **named)
-        if calls == count:
+        if counting and calls == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return answer
 

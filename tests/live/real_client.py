@@ -1,6 +1,7 @@
 """Be a process that merges as users' do: `import pagefold`, memory made and advised. Run as a program, told what to do on stdin.
 
-usage: real_client.py MIB SEED EVERY     one page in EVERY is the same for all seeds; lines: "check", "write COUNT", "unadvise", "pss", "quit"
+usage: real_client.py MIB SEED EVERY     one page in EVERY is the same for all seeds
+lines: "check", "write COUNT", "unadvise", "pss", "quit"
 """
 
 from __future__ import annotations

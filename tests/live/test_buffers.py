@@ -358,7 +358,10 @@ def test_a_column_is_found_with_all_its_parts(column: str) -> None:
     held = sum(piece.end - piece.start for piece in found.pieces)
     # What pandas counts, less pages at edges and less the texts and objects behind pointers.
     counted = series.memory_usage(index=True, deep=False)
-    assert counted - 12 * PAGE <= held <= counted + 300_000
+    if column == "categories":
+        counted -= series.cat.categories._engine.sizeof(deep=False)  # a table for look-ups, which is no buffer
+    assert held <= counted + 300_000
+    assert held + sum(found.why_not.values()) * PAGE >= counted, "every byte lies in a page that is found or told"
 
 
 def test_a_frame_is_its_blocks_and_its_index() -> None:
@@ -366,7 +369,7 @@ def test_a_frame_is_its_blocks_and_its_index() -> None:
     one = pd.DataFrame({"a": rows, "b": rows + 1, "c": rows * 0.5}, index=pd.Index(rows * 2))
     found = find(one)
     held = sum(piece.end - piece.start for piece in found.pieces)
-    assert 4 * ROWS * 8 - 8 * PAGE <= held <= 4 * ROWS * 8
+    assert held <= 4 * ROWS * 8 <= held + sum(found.why_not.values()) * PAGE
     assert all(piece.owner.array is not None for piece in found.pieces), "NumPy arrays are watched, not kept"
     assert id(find(one["b"]).pieces[0].owner.array) in {id(piece.owner.array) for piece in found.pieces}
 
@@ -376,6 +379,14 @@ def test_a_frame_of_a_pandas_without_blocks_is_its_columns(monkeypatch: pytest.M
     by_block = spans(find(one))
     monkeypatch.setattr(type(one._mgr), "arrays", None)
     assert spans(find(one)) == by_block
+
+
+@pytest.mark.parametrize("kind", ["integer", "block"])
+def test_a_sparse_array_is_its_values_and_their_places(kind: Any) -> None:
+    one = pd.arrays.SparseArray(np.arange(ROWS) % 2, kind=kind)
+    found = find(one)
+    held = sum(piece.end - piece.start for piece in found.pieces)
+    assert held <= one.nbytes <= held + sum(found.why_not.values()) * PAGE
 
 
 def test_indexes_are_found() -> None:
@@ -397,8 +408,9 @@ def test_indexes_are_found() -> None:
 
 
 def arrow_bytes(found: Found) -> int:
+    """Return the bytes in pages that are found or told."""
     assert all(piece.owner.array is None for piece in found.pieces)
-    return sum(piece.end - piece.start for piece in found.pieces)
+    return sum(piece.end - piece.start for piece in found.pieces) + sum(found.why_not.values()) * PAGE
 
 
 @pytest.mark.parametrize(
@@ -419,7 +431,7 @@ def arrow_bytes(found: Found) -> int:
 )
 def test_arrow_is_found_with_all_its_buffers(make: Any, least: int) -> None:
     one = make()
-    assert least - 8 * PAGE <= arrow_bytes(find(one)) <= least + 400_000
+    assert least <= arrow_bytes(find(one)) <= least + 400_000
 
 
 def test_buffers_that_are_shared_count_once() -> None:

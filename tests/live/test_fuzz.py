@@ -31,6 +31,7 @@ from pagefold.live.messages import PAGE, BadMessage
 from pagefold.live.peer import Peer
 
 KINDS = sorted(messages.LAYOUT)
+CELL = 4  # pages of a region
 EDGES = [0, 1, 2, 63, 64, 4095, 4096, 4097, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**44, 2**47, 2**56, 2**63 - 1, 2**63]
 EDGES += [2**64 - 1, 2**64 - PAGE, *(2**bits - PAGE for bits in (47, 48, 56))]
 MESSAGES = int(os.environ.get("PAGEFOLD_FUZZ", scaled(30_000)))
@@ -48,9 +49,11 @@ class Fuzzer:
 
     def begin(self) -> None:
         """Forget the connection."""
-        self.regions: list[int] = []
+        self.regions: dict[int, tuple[int, int]] = {}  # number: (start, pages)
+        self.free = [(one.address + at * PAGE, CELL) for one in self.buffers for at in range(0, one.count, CELL)]
         self.windows: list[tuple[int, int]] = []  # batches to be answered, and their pages
         self.said_hello = False
+        self.rude = self.chance.choice([0.0, 0.02, 0.1, 0.5])  # how much of it is wrong
 
     def hear(self, packet: bytes) -> None:
         """Note what the daemon asks."""
@@ -63,40 +66,47 @@ class Fuzzer:
         chance = self.chance
         if not self.said_hello and chance.random() < 0.95:
             self.said_hello = True
-            packet = messages.pack(
-                messages.HELLO, windows_safe=chance.randrange(2), max_map_count=chance.choice(EDGES[:9])
-            )
+            most = chance.choice([65530, 65530, 65530, 2, 2**32 - 1])
+            packet = messages.pack(messages.HELLO, windows_safe=int(chance.random() < 0.9), max_map_count=most)
+        elif self.windows and chance.random() < 0.7:
+            packet = self.outcome()
         else:
-            makers = [self.advise] * 4 + [self.unadvise, self.sync] + [self.outcome] * 4 + [self.control, self.anything]
-            packet = chance.choice(makers)()
-        return self.mutated(packet) if chance.random() < 0.2 else packet
+            packet = chance.choice([self.advise, self.advise, self.unadvise, self.sync, self.control])()
+        if chance.random() >= self.rude:
+            return packet
+        return chance.choice([self.anything(), self.mutated(packet), self.mutated(packet)])
 
     def advise(self) -> bytes:
-        number = self.chance.choice([len(self.regions) + 1, self.chance.randrange(1, 1 << 40)])
-        self.regions.append(number)
-        buffer = self.chance.choice(self.buffers)
-        first = self.chance.randrange(buffer.count)
-        start, pages = buffer.address + first * PAGE, self.chance.randint(1, buffer.count - first)
-        if self.chance.random() < 0.2:
-            start, pages = self.chance.randrange(1 << 35) * PAGE, self.chance.choice([1, 7, 1000, 1 << 20])
-        flags = {"tracked": self.chance.randrange(2), "quiet": int(self.chance.random() < 0.2)}
+        if not self.free:
+            return self.unadvise()
+        number = self.chance.choice([1, 2, 3, self.chance.randrange(1, 1 << 40)])
+        while number in self.regions:
+            number += 1
+        self.chance.shuffle(self.free)
+        start, pages = self.free.pop()
+        if self.chance.random() < 0.1:
+            self.free.append((start, pages))
+            start, pages = self.chance.randrange(1 << 28, 1 << 31) << 24, self.chance.choice([1, 7, 1000, 4095])
+        self.regions[number] = (start, pages)
+        flags = {"tracked": int(self.chance.random() < 0.1), "quiet": int(self.chance.random() < 0.1)}
         return messages.pack(messages.ADVISE, region=number, start=start, pages=pages, **flags)
 
-    def region(self) -> int:
-        return self.chance.choice(self.regions) if self.regions else 1
-
     def unadvise(self) -> bytes:
-        number = self.region()
-        if number in self.regions:
-            self.regions.remove(number)
+        if not self.regions:
+            return self.advise()
+        number = self.chance.choice(list(self.regions))
+        start, pages = self.regions.pop(number)
+        if pages == CELL:
+            self.free.append((start, pages))
         return messages.pack(messages.UNADVISE, region=number)
 
     def sync(self) -> bytes:
-        return messages.pack(messages.SYNC, region=self.region(), token=self.chance.getrandbits(64))
+        if not self.regions or self.chance.random() < 0.5:
+            return self.advise()
+        number = self.chance.choice(list(self.regions))
+        return messages.pack(messages.SYNC, region=number, token=self.chance.getrandbits(64))
 
     def outcome(self) -> bytes:
-        if not self.windows:
-            return self.sync()
         batch, pages = self.windows.pop(self.chance.randrange(len(self.windows)))
         status = self.chance.choice([0, 1, 2, self.chance.randrange(13), -1])
         values = [self.chance.randrange(13) if status < 0 else status for _ in range(pages)]
@@ -105,8 +115,9 @@ class Fuzzer:
     def control(self) -> bytes:
         knob = self.chance.choice([*settings.KNOBS, "max_cpu_percent", "nothing"])
         value = self.value(3)
+        verbs = ["set", "set", "settled", "clients", "history", "dance", None, 7]
         request: Any = {
-            "verb": self.chance.choice(["stat", "set", "settled", "clients", "history", "validate", "dance", None, 7]),
+            "verb": self.chance.choice(verbs if self.chance.random() < 0.9 else ["stat", "validate"]),
             "knobs": {knob: self.chance.choice([0, 1, 2, 5, value])},
             "timeout": self.chance.choice([0, 0, 1e-9, value]),
         }
@@ -164,6 +175,9 @@ class Bench:
         monkeypatch.setattr("pagefold.live.daemon._SAMPLE_SECONDS", 0.05)
         monkeypatch.setattr(messages, "unpack", self.counted(messages.unpack))
         monkeypatch.setattr(Daemon, "_handle", self.noted(Daemon._handle))
+        work = Daemon._work
+        monkeypatch.setattr(Daemon, "_work", lambda daemon: work(daemon) if self.working else None)
+        self.working = True
         self.got = 0
         self.done: Counter[int] = Counter()  # messages that did what they said, by kind
         self.daemon = Daemon("fuzz", knobs={"sleep_millisecs": 0, "max_cpu_percent": 100})
@@ -191,11 +205,12 @@ class Bench:
 
         return note
 
-    def turn(self) -> None:
-        """Let the daemon handle what there is, and work."""
-        self.daemon._next_work = 0.0
+    def turn(self, *, working: bool = True) -> None:
+        """Let the daemon handle what there is, and work if it shall, without a rest."""
+        self.daemon._next_work, self.working = 0.0, working
         self.daemon._turn()
-        self.crowd.pump()
+        if working:
+            self.crowd.pump()
 
     def until(self, condition: Callable[[], object]) -> None:
         for _ in range(100_000):
@@ -220,13 +235,13 @@ class Bench:
                 except OSError:
                     sent = most
                 sent += 1
-            self.daemon._next_work = 0.0 if fuzzer.chance.random() < 0.1 else self.daemon._next_work
-            self.daemon._turn()
+            for _ in range(fuzzer.chance.choice([0] * 7 + [8])):
+                self.turn()
+            self.turn(working=False)
             if self.read(evil, fuzzer):
                 break
         evil.close()
-        self.daemon._next_work = min(self.daemon._next_work, 1e-9)
-        self.daemon._turn()
+        self.turn(working=False)
 
     def read(self, evil: socket.socket, fuzzer: Fuzzer) -> bool:
         """Take what the daemon says; tell whether that is the end."""
@@ -280,6 +295,8 @@ def fuzz(bench: Bench, goal: int) -> None:
         try:
             for _ in range(10):
                 bench.attack(fuzzer, most=100)
+                if fuzzer.chance.random() < 0.7:
+                    bench.daemon.merging.mirror.set("run", 1)
             bench.turn()
             bench.judge()
         except BaseException:
@@ -318,7 +335,9 @@ def test_every_layout_is_refused_unless_it_is_whole() -> None:
     fuzzer.said_hello = True
     seen = set()
     for _ in range(scaled(20_000)):
-        packet = fuzzer.mutated(fuzzer.next()) if chance.random() < 0.7 else chance.randbytes(chance.randrange(100))
+        makers = [fuzzer.next, fuzzer.anything, lambda: chance.randbytes(chance.randrange(100))]
+        packet = chance.choice(makers)()
+        packet = fuzzer.mutated(packet) if chance.random() < 0.6 else packet
         try:
             kind, said = messages.unpack(packet)
         except BadMessage:

@@ -114,7 +114,7 @@ def test_nothing_is_lost_when_one_kind_has_all_the_time(build: Path, kinds: str,
 )
 def test_nothing_is_lost_in_a_hostile_world(build: Path, words: list[str | int]) -> None:
     """System calls of the window last, fail, are done in part, or are done and then told as failed, as in Linux 6.18."""
-    nothing_was_lost(run(build / "torture-adverse", "--windows", 3000, "--seconds", BOUND / 2, "--seed", 3, *words))
+    nothing_was_lost(run(build / "torture-adverse", "--windows", 1500, "--seconds", BOUND / 2, "--seed", 3, *words))
 
 
 def test_torture_finds_nothing_where_nothing_is_wrong(build: Path) -> None:
@@ -172,11 +172,11 @@ def test_mistakes_are_told(build: Path, words: list[str], told: str) -> None:
 
 
 def test_nothing_is_lost_with_the_embedded_store(build: Path) -> None:
-    nothing_was_lost(run(build / "torture", "--embedded", "--seconds", 10, "--seed", 7))
+    nothing_was_lost(run(build / "torture", "--embedded", "--seconds", 6, "--seed", 7))
 
 
 def test_nothing_is_lost_with_a_daemon(build: Path, daemon: DaemonProcess) -> None:
-    nothing_was_lost(run(build / "torture", "--daemon", daemon.path, "--seconds", 10, "--seed", 8))
+    nothing_was_lost(run(build / "torture", "--daemon", daemon.path, "--seconds", 6, "--seed", 8))
 
 
 def sharing(daemon: DaemonProcess, torture: subprocess.Popen[str], some: bool) -> None:

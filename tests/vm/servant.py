@@ -64,6 +64,12 @@ def zones():
     return found
 
 
+def processor():
+    """Return what the processor can, by the kernel's words."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.split(":")[1].split() for line in lines if line.startswith("flags"))
+
+
 def kernel_log():
     """Return all that the kernel said since its start, at any level (syslog(2), SYSLOG_ACTION_READ_ALL)."""
     buffer = ctypes.create_string_buffer(1 << 20)
@@ -71,7 +77,7 @@ def kernel_log():
     return buffer.raw[:length].decode(errors="replace")
 
 
-VERBS = {verb.__name__: verb for verb in (argv, echo, noise, nodes, set_state, zones, kernel_log)}
+VERBS = {verb.__name__: verb for verb in (argv, echo, noise, nodes, set_state, zones, processor, kernel_log)}
 
 while request := sys.stdin.buffer.readline():
     name, *arguments = json.loads(request)

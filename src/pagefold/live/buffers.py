@@ -221,6 +221,8 @@ class _Walk:
     def extension(self, array: Any) -> None:
         names = ("_ndarray", "_data", "_mask", "_pa_array", "categories", "_left", "_right", "sp_values")
         parts = [part for name in names if (part := getattr(array, name, None)) is not None]
+        if places := getattr(array, "sp_index", None):  # where a sparse array has its values, in one of two ways
+            parts += [places.blocs, places.blengths] if hasattr(places, "blocs") else [places.indices]
         if not parts:
             self.found.refuse(f"a pandas array of a kind that is not known ({type(array).__name__})")
         self.each(parts)
