@@ -41,9 +41,11 @@ conform: $(READY) agent ## Compare the engine with real kernels: all scenarios, 
 conform-live: $(READY) agent ## Merge live on two NUMA nodes, in a guest, whose slots and pages migrate
 	PAGEFOLD_CONFORM=live $(BIN)/python -m pytest -q -rA tests/live/test_two_nodes.py
 
+# All kinds at once make fewer windows: the second half is for their number.
 torture: agent ## Write to memory in every way while it merges: an hour, or SECONDS
 	$(MAKE) --silent -C tests/torture
-	tests/torture/build/torture --seconds $(or $(SECONDS),3600)
+	tests/torture/build/torture --seconds $$(($(or $(SECONDS),3600) / 2))
+	tests/torture/build/torture --seconds $$(($(or $(SECONDS),3600) / 2)) --kinds store,read,look,fork,forkmerge
 
 lint: $(READY) ## Check style, format and types
 	$(BIN)/ruff check .

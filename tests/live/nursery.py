@@ -65,6 +65,7 @@ def find(dotted: str) -> tuple[Any, str]:
 def sabotage(call: str, count: int, after: bool, since: str = "") -> None:
     """Let the daemon be killed at the n-th call of a function, before it begins or after it has ended."""
     owner, name = find(call)
+    assert call != since
     real, calls, counting = getattr(owner, name), 0, not since
     if since:
         begin_owner, begin_name = find(since)

@@ -743,11 +743,11 @@ def test_who_waits_is_told_in_time(daemon: DaemonProcess, crowd: Crowd) -> None:
 
 def test_who_waits_is_told_when_merging_is_switched_off(daemon: DaemonProcess, crowd: Crowd) -> None:
     one, two = join_many(crowd, daemon, 2, random_pages(1, 20))
-    one.answering = False
+    one.answering = two.answering = False
     waits = crowd.join(daemon.path, hello=False)
     waits.connection.send(control.pack({"verb": "settled"})[0])
     two.sync(1, token=5)
-    crowd.until(lambda: one.unanswered)
+    crowd.until(lambda: one.unanswered and two.unanswered)
     daemon.set(run=0)
     assert ready([waits], 60)
     assert b'"settled":false' in waits.connection.recv(1000)

@@ -133,13 +133,14 @@ def test_killed_while_it_gives_everything_back(daemons: Start, workers: Workers)
     first = daemons(knobs={"run": 0})
     party = Party(workers, first.path)
     first.kill()
-    since = "pagefold.live.mirror.Mirror.set"
+    knob = "pagefold.live.mirror.Mirror.set"
     for call, count, after in GIVING_BACK:
+        since = knob if call != knob else ""
         daemon = daemons(sabotage={"call": call, "count": count, "after": after, "since": since})
         eventually(lambda: party.merged(daemon))  # noqa: B023
         with contextlib.suppress(PagefoldError):
             daemon.set(run=2)
-        assert daemon.code() == -signal.SIGKILL, f"it never came to {call} {count} {daemon.stat()}"
+        assert daemon.code() == -signal.SIGKILL, f"it never came to {call}"
         assert party.right(), call
     last = daemons()
     eventually(lambda: party.merged(last))

@@ -44,7 +44,9 @@ static inline int under_way(uint64_t shadow) { return version_of(shadow) & 1; }
 
 static inline uint8_t *page_at(uint32_t page) { return arena.bytes + (uint64_t)page * PF_PAGE; }
 static inline uint8_t *sector_at(uint32_t page, uint32_t sector) { return page_at(page) + sector * SECTOR; }
-static inline _Atomic uint64_t *shadow_at(uint32_t page, uint32_t sector) { return arena.shadow + (uint64_t)page * PER_PAGE + sector; }
+static inline _Atomic uint64_t *shadow_at(uint32_t page, uint32_t sector) {
+    return arena.shadow + (uint64_t)page * PER_PAGE + sector;
+}
 static inline uint64_t file_offset(uint32_t group, uint32_t sector, uint32_t content) {
     return (((uint64_t)group * PER_PAGE + sector) * FILE_CONTENTS + content) * SECTOR;
 }
@@ -71,7 +73,8 @@ uint32_t content_next(uint64_t *stream, uint32_t group, uint32_t now, uint32_t l
 /* How many bytes of `seen` no content explains that was there between the two looks. */
 uint32_t judge(uint32_t page, uint32_t sector, uint64_t before, uint64_t after, const uint8_t seen[SECTOR]);
 /* Tell in words what is in a sector that was found wrong. */
-void describe(uint32_t page, uint32_t sector, uint64_t before, uint64_t after, const uint8_t seen[SECTOR], char *text, uint32_t room);
+void describe(uint32_t page, uint32_t sector, uint64_t before, uint64_t after, const uint8_t seen[SECTOR], char *text,
+              uint32_t room);
 /* Look at every sector of the arena now and report what is wrong; `before` and `after` are copies of the shadow, for a child
  * that must know what it may hold; NULL: nobody writes. Returns the number of wrong sectors. */
 uint32_t arena_verify(const char *finder, const uint64_t *before, const uint64_t *after);

@@ -1,4 +1,5 @@
-/* Own the threads and the watchdog over them. The watchdog touches no memory under torture: what hangs there must not take it along. */
+/* Own the threads and the watchdog over them. The watchdog touches no memory under torture: what hangs there must not take
+ * it along. */
 #include "crew.h"
 
 #include <fcntl.h>

@@ -8,7 +8,7 @@
 struct extent {
     uint32_t number; /* never 0, never used again */
     int memory;      /* the writable descriptor: only to ask by flock whether anybody else has the extent */
-    int shared;      /* read-only, its description holds a shared lock as long as a mapping or descriptor of it lives; -1: retired */
+    int shared;      /* read-only; its description holds a shared lock as long as any mapping of it lives; -1: retired */
     uint8_t *fill;   /* the only writable mapping, older than the seal */
     uint8_t *bytes;  /* the read-only mapping; NULL: retired */
     uint64_t *sums;  /* per slot: checksum at filling; 0: not filled */

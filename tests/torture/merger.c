@@ -17,7 +17,16 @@
 #include "options.h"
 #include "verdict.h"
 
-enum { REGIONS = 8, LIVE = 6, MOST_EXTENTS = 64, DRAINED_AT_ONCE = 4, DRAINED_PAGES = 128, USES = 500, CHILD_WINDOWS = 64, CHILD_EXTENTS = 1 << 30 };
+enum {
+    REGIONS = 8,
+    LIVE = 6, /* extents that windows map */
+    MOST_EXTENTS = 64,
+    USES = 500, /* windows onto an extent until it is retired */
+    DRAINED_AT_ONCE = 4,
+    DRAINED_PAGES = 128,
+    CHILD_WINDOWS = 64,
+    CHILD_EXTENTS = 1 << 30 /* number of a child's extent: not one of the parent's */
+};
 
 struct merging merging;
 _Atomic int merger_finish, merger_open;
@@ -107,7 +116,7 @@ static void retire(struct extent *extent) {
 }
 
 static void run_window(struct member *me, uint32_t region, uint32_t first, uint32_t pages, struct extent *extent) {
-    uint8_t status[64];
+    uint8_t status[PF_RUN_PAGES];
     struct pf_target target = {0};
     uint32_t slot = first % arena.groups;
     if (extent) {

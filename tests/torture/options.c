@@ -30,7 +30,7 @@ static const char usage[] =
     "  --seed N        of all chance\n"
     "  --spread P      percent of the writes that go anywhere, not to the hot place\n"
     "  --calm P        percent of the time in which writers and readers sleep (50)\n"
-    "  --fork-pause M  most milliseconds between two children (20)\n"
+    "  --fork-pause M  most milliseconds between two children (60)\n"
     "  --windows-by D  agent, none, or specimen:FAULT (a window broken on purpose)\n"
     "  --daemon PATH   through the agent and the daemon at this socket\n"
     "  --embedded      through the agent and its embedded store\n"
@@ -75,9 +75,12 @@ int options_kind(const char *name) {
     return listed(options.kinds, name);
 }
 
-static const char *const all_kinds[] = {"store",   "read",        "pipe",       "direct", "uring", "mem",   "vm",   "remote",
-                                        "look",    "write",       "vmread",     "memread", "directwrite", "uringwrite", "fork", "forkmerge",
-                                        "vfork",   "spawn",       "exec",       "rawfork", "churn", "signal", "huge", "limit", "scan", "advice", "migrate"};
+static const char *const all_kinds[] = {
+    "store", "read",  "pipe",      "direct", "uring", "mem",     "vm",          "remote",     /* writers */
+    "look",  "write", "vmread",    "memread", "directwrite", "uringwrite",                    /* readers */
+    "fork",  "vfork", "forkmerge", "spawn",  "exec",  "rawfork",                              /* children */
+    "churn", "signal", "huge",     "limit",  "scan",  "advice",  "migrate",                   /* trouble */
+};
 
 int options_memory_may_fail(void) { return options.refuse || options_kind("limit"); }
 
@@ -111,7 +114,10 @@ static void check(void) {
     options.calm = options.calm < 0 ? 50 : options.calm;
 }
 
-enum { SECONDS = 1, WINDOWS, PAGES, RUN, COPIES, THREADS, KINDS, SEED, SPREAD, CALM, FORK_PAUSE, BY, DAEMON, DIRECTORY, DELAY, LIE, REFUSE, HANG, HELP };
+enum {
+    SECONDS = 1, WINDOWS, PAGES, RUN, COPIES, THREADS, KINDS, SEED, SPREAD, CALM, FORK_PAUSE, BY, DAEMON, DIRECTORY, DELAY, LIE,
+    REFUSE, HANG, HELP
+};
 
 static const struct option words[] = {{"seconds", 1, 0, SECONDS},
                                       {"windows", 1, 0, WINDOWS},
@@ -141,7 +147,8 @@ static const struct option words[] = {{"seconds", 1, 0, SECONDS},
 
 void options_read(int count, char **arguments) {
     int word;
-    options = (struct options){.seconds = 10, .pages = 4096, .run = 64, .copies = 2, .spread = -1, .calm = -1, .fork_pause = 20, .hang = 60,
+    options = (struct options){.seconds = 10, .pages = 4096, .run = 64, .copies = 2, .spread = -1, .calm = -1,
+                               .fork_pause = 60, .hang = 60,
                                .windows_by = "agent", .directory = ".", .seed = (uint64_t)time(NULL) % 1000000};
     while ((word = getopt_long(count, arguments, "", words, NULL)) != -1)
         switch (word) {

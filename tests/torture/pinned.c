@@ -126,8 +126,12 @@ static void uring_close(struct member *me) {
         close(tools->direct);
 }
 
-const struct writer_kind writer_direct = {
-    .name = "direct", .most_jobs = 2, .limit = FILE_CONTENTS - 1, .open = direct_open, .write = direct_write, .close = direct_close};
+const struct writer_kind writer_direct = {.name = "direct",
+                                          .most_jobs = 2,
+                                          .limit = FILE_CONTENTS - 1,
+                                          .open = direct_open,
+                                          .write = direct_write,
+                                          .close = direct_close};
 const struct writer_kind writer_uring = {.name = "uring",
                                          .most_jobs = 16,
                                          .limit = FILE_CONTENTS - 1,

@@ -1,4 +1,5 @@
-/* Own the readers: they look at pages of all writers while these write, in all the ways bytes leave a process, and judge what they saw. */
+/* Own the readers: they look at pages of all writers while these write, in all the ways bytes leave a process, and judge what
+ * they saw. */
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>

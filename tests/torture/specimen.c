@@ -178,8 +178,8 @@ static enum pf_status window(uint64_t start, uint32_t pages, const struct pf_tar
     const uint8_t *held = shut(start, pages, &error);
     if (held && !has("early"))
         equal = memcmp(held, target->bytes, compared) == 0;
-    if (held && equal &&
-        mmap((void *)start, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, target->fd, (off_t)target->offset) != MAP_FAILED) {
+    int how = MAP_PRIVATE | MAP_FIXED, access = PROT_READ | PROT_WRITE;
+    if (held && equal && mmap((void *)start, bytes, access, how, target->fd, (off_t)target->offset) != MAP_FAILED) {
         madvise(scratch, MOST_PAGES * PF_PAGE, MADV_DONTNEED);
         wake((struct range){start, bytes});
         memset(merged + (start - (uint64_t)arena.bytes) / PF_PAGE, 1, pages);

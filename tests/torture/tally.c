@@ -94,8 +94,9 @@ static void row(const char *name, uint64_t value) { printf("%-34s %18s\n", name,
 void tally_table(double seconds) {
     char name[40], kind[24];
     uint64_t sum;
-    printf("torture: %.1f s, seed %" PRIu64 ", %u pages in %u copies, %u writers, windows by %s\n", seconds, options.seed, arena.pages,
-           arena.copies, arena.owners, options.daemon ? "the daemon" : options.embedded ? "the embedded store" : options.windows_by);
+    const char *by = options.daemon ? "the daemon" : options.embedded ? "the embedded store" : options.windows_by;
+    printf("torture: %.1f s, seed %" PRIu64 ", %u pages in %u copies, %u writers, windows by %s\n", seconds, options.seed,
+           arena.pages, arena.copies, arena.owners, by);
     row("windows", atomic_load(&merging.windows));
     for (int status = 0; status < PF_STATUSES; status++)
         if (atomic_load(&merging.by_status[status])) {
@@ -126,8 +127,9 @@ void tally_table(double seconds) {
 void tally_json(double seconds) {
     char kind[24];
     uint64_t sum;
-    printf("{\"seconds\": %.3f, \"seed\": %" PRIu64 ", \"pages\": %u, \"copies\": %u, \"writers\": %u, \"windows\": %" PRIu64, seconds,
-           options.seed, arena.pages, arena.copies, arena.owners, atomic_load(&merging.windows));
+    printf("{\"seconds\": %.3f, \"seed\": %" PRIu64 ", \"pages\": %u, \"copies\": %u, \"writers\": %u", seconds, options.seed,
+           arena.pages, arena.copies, arena.owners);
+    printf(", \"windows\": %" PRIu64, atomic_load(&merging.windows));
     printf(", \"by_status\": {");
     for (int status = 0; status < PF_STATUSES && statuses[status]; status++)
         printf("%s\"%s\": %" PRIu64, status ? ", " : "", statuses[status], atomic_load(&merging.by_status[status]));

@@ -26,7 +26,7 @@
 
 enum { BESIDE = 128, ELSEWHERE = 16 };
 
-/* Mappings right behind the arena are replaced and change their protection: they split, and would like to join, the arena's last. */
+/* Mappings right behind the arena are replaced and change their protection: they split, and would like to join, its last. */
 static void churn_beside(struct member *me) {
     uint8_t *behind = page_at(arena.pages);
     uint32_t from = below(&me->chance, BESIDE), pages = 1 + below(&me->chance, BESIDE - from);
@@ -156,8 +156,10 @@ void trouble_run(struct member *me) {
 }
 
 void trouble_begin(void) {
-    static const struct trouble_kind kinds[] = {{"churn", churn}, {"signal", signal_someone}, {"huge", collapse}, {"limit", use_up_mappings},
-                                                {"scan", scan_for_writes}, {"advice", advise_harmlessly}, {"migrate", migrate}};
+    static const struct trouble_kind kinds[] = {
+        {"churn", churn},          {"signal", signal_someone},  {"huge", collapse},  {"limit", use_up_mappings},
+        {"scan", scan_for_writes}, {"advice", advise_harmlessly}, {"migrate", migrate},
+    };
     struct sigaction action = {.sa_handler = interrupted, .sa_flags = SA_RESTART};
     sigaction(SIGUSR1, &action, NULL);
     for (uint32_t kind = 0, number = 0; kind < sizeof kinds / sizeof *kinds; kind++)

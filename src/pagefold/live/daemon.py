@@ -2,7 +2,7 @@
 
 Why one client cannot harm another: what it sends is checked where it arrives (`peer.py`), and whoever sends nonsense is dropped; what it
 may make us keep is bounded; nobody writes to the store but us, and nobody's pages are touched but by their own process.
-Must not know: how pages are merged.
+Must not know: how pages are merged. One module of more than 400 lines: loop, connections and questions share one state.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import resource
 import selectors
 import signal
 import socket as sockets
+import threading
 import time
 from typing import Any
 
@@ -70,6 +71,9 @@ class Daemon:
         self._not_before = 0.0  # by max_cpu_percent
         self._next_sample = 0.0
         self._stopping = False
+        self._warm = self._ready = False  # compiled, and begun
+        self._failed: BaseException | None = None
+        self._early: list[tuple[Peer, bytes]] = []  # what agents said before we were ready
         self._listening = socket or domain.listen(domain.socket_path(name))
         self._selector = selectors.DefaultSelector()
 
@@ -87,12 +91,13 @@ class Daemon:
         self._listening.setblocking(False)
         self._selector.register(self._listening, selectors.EVENT_READ, None)
         self._selector.register(waker, selectors.EVENT_READ, waker)
+        warming = threading.Thread(target=self._warm_up, args=(wake,), name="warm-up")
+        warming.start()
         try:
-            warm_up()  # clients may connect meanwhile, they are heard when it is done
-            sd_notify.notify("READY=1")
             while not self._stopping:
                 self._turn()
         finally:
+            warming.join()
             sd_notify.notify("STOPPING=1")
             signal.set_wakeup_fd(-1)
             for number, handler in before.items():
@@ -106,12 +111,35 @@ class Daemon:
             self.merging.store.close()
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard), hard))
 
+    def _warm_up(self, wake: sockets.socket) -> None:
+        """Compile what is not compiled yet, beside the loop; then wake it."""
+        try:
+            warm_up()
+        except BaseException as error:
+            self._failed = error
+        self._warm = True
+        wake.send(b"w")
+
+    def _begin(self) -> None:
+        """Begin to merge: everything is compiled. Agents that spoke meanwhile are heard now."""
+        if self._failed is not None:
+            raise self._failed
+        self._ready = True
+        sd_notify.notify("READY=1")
+        for peer, packet in self._early:
+            if self.peers.get(peer.connection.fileno()) is peer:
+                self._selector.register(peer.connection, selectors.EVENT_READ, peer)
+                self._hear(peer, packet)
+        self._early.clear()
+
     def _on_signal(self, number: int, frame: object) -> None:
         self._stopping = True
 
     def _turn(self) -> None:
         """Handle what has arrived, then work if it is time."""
         pause = min(max(self._next_work - time.monotonic(), 0.0), _LONGEST_SLEEP)
+        if not self._ready and not self._warm:
+            pause = _LONGEST_SLEEP  # the other thread needs the processor; it wakes us
         for key, events in self._selector.select(pause):
             if key.data is None:
                 self._accept()
@@ -123,7 +151,9 @@ class Daemon:
                     self._read(key.data)
             else:
                 key.data.recv(4096)
-        if time.monotonic() >= self._next_work:
+        if self._warm and not self._ready:
+            self._begin()
+        if self._ready and time.monotonic() >= self._next_work:
             self._work()
         self._answer_waiting()
         for peer in list(self.peers.values()):
@@ -205,7 +235,8 @@ class Daemon:
         """End a connection; the client's memory is its own."""
         if self.peers.pop(peer.connection.fileno(), None) is None:
             return
-        self._selector.unregister(peer.connection)
+        with contextlib.suppress(KeyError):  # it waits in _early
+            self._selector.unregister(peer.connection)
         self.merging.leave(peer)
         self._waiting = [one for one in self._waiting if one[0] is not peer]
         self._syncs = [one for one in self._syncs if one[0] is not peer]
@@ -219,15 +250,27 @@ class Daemon:
             packet = peer.receive()
             if packet is None:
                 return
-            try:
-                if not packet:
-                    self._drop(peer)
-                    return
-                self._handle(peer, *messages.unpack(packet))
-            except (BadMessage, OSError, PagefoldError) as error:
-                self._note(peer, f"client {peer.pid} was dropped: {error}")
+            if not packet:
                 self._drop(peer)
                 return
+            if not self._hear(peer, packet):
+                return
+
+    def _hear(self, peer: Peer, packet: bytes) -> bool:
+        """Do what a packet says; False if nothing more shall be read of this client now."""
+        try:
+            kind, said = messages.unpack(packet)
+            if kind != messages.CONTROL and not self._ready:
+                self._selector.unregister(peer.connection)
+                self._early.append((peer, packet))
+                return False
+            self._handle(peer, kind, said)
+        except (BadMessage, OSError, PagefoldError) as error:
+            if not isinstance(error, FileNotFoundError | ProcessLookupError):  # it ended while it said hello
+                self._note(peer, f"client {peer.pid} was dropped: {error}")
+            self._drop(peer)
+            return False
+        return True
 
     def _note(self, peer: Peer, text: str) -> None:
         """Keep one note for each of the last clients."""

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import socket
 import stat
 from pathlib import Path
@@ -56,7 +55,7 @@ def check_name(domain: str) -> str:
 
 def private_name() -> str:
     """Return a new name for a domain of one command."""
-    return f"{PRIVATE}{os.getpid()}-{secrets.token_hex(4)}"
+    return f"{PRIVATE}{os.getpid()}-{os.urandom(4).hex()}"
 
 
 def folder() -> Path:
