@@ -39,7 +39,7 @@ conform: $(READY) agent ## Compare the engine with real kernels: all scenarios, 
 	PAGEFOLD_CONFORM=all $(BIN)/python -m pytest -q tests/conformance/test_random.py
 
 conform-live: $(READY) agent ## Merge live on two NUMA nodes, in a guest, whose slots and pages migrate
-	PAGEFOLD_CONFORM=live $(BIN)/python -m pytest -q -rA tests/live/test_two_nodes.py
+	PAGEFOLD_CONFORM=live $(BIN)/python -m pytest -q -rA -m nightly tests/live/test_two_nodes.py
 
 # All kinds at once make fewer windows: the second half is for their number.
 torture: agent ## Write to memory in every way while it merges: an hour, or SECONDS

@@ -32,6 +32,8 @@ from tests.live.test_daemon import join_many, merged, refusing, store_bytes
 from pagefold.live import control, messages
 from pagefold.live.messages import PAGE
 
+pytestmark = pytest.mark.nightly
+
 HERE = Path(__file__).parent
 ROOT = os.geteuid() == 0
 MIB = 1 << 20
@@ -124,7 +126,7 @@ def test_a_client_that_holds_an_extent_alone_harms_nobody(
         fcntl.flock(fd, fcntl.LOCK_UN)
     evil.unadvise(2).unmap()
     evil.unadvise(3).unmap()
-    crowd.until(lambda: store_bytes(daemon) <= 51 * PAGE)
+    crowd.until(lambda: store_bytes(daemon) <= (50 + 64) * PAGE)
     join_many(crowd, daemon, 2, random_pages(3, 200))
     crowd.until(lambda: merged(daemon) == 150 + 400)
     assert crowd.right()
@@ -536,7 +538,8 @@ def test_ten_thousand_connections(daemon: DaemonProcess, crowd: Crowd, honest: l
         if turn == 0:
             late = crowd.join(daemon.path)
             late.advise(random_pages(1, 50))
-            crowd.until(lambda: merged(daemon) == 150)
+            crowd.until(lambda: len(late.statuses) == 50)  # noqa: B023  (it was the last in the queue)
+            assert merged(daemon) == 150
             late.unadvise(1).unmap()
             late.close()
             crowd.clients.remove(late)

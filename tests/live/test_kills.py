@@ -18,6 +18,8 @@ from tests.live.processes import DaemonProcess, WorkerProcess, eventually
 from pagefold.errors import PagefoldError
 from pagefold.live.messages import PAGE
 
+pytestmark = pytest.mark.nightly
+
 Workers = Callable[[Path], WorkerProcess]
 
 # What the daemon is doing when it ends: (call, how often it was called, whether it has just returned).
@@ -64,7 +66,7 @@ WINDOWS = [
 ]
 
 
-HELLO = "pagefold.live.daemon.Daemon._accept"  # steps are counted from the first client on
+HELLO = "pagefold.live.daemon.Daemon._hello"  # steps are counted from the first client on
 
 
 class Party:
@@ -108,7 +110,7 @@ def test_killed_at_every_step_of_merging(daemons: Start, workers: Workers, steps
     party = Party(workers, daemon.path)
     daemon.kill()
     for call, count, after in steps:
-        since = HELLO if call != HELLO else ""
+        since = HELLO if call != "pagefold.live.daemon.Daemon._accept" else ""
         daemon = daemons(sabotage={"call": call, "count": count, "after": after, "since": since})
         assert daemon.code() == -signal.SIGKILL, f"it never came to {call}"
         assert party.right(), call

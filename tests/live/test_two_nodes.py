@@ -11,6 +11,8 @@ import pytest
 
 from kernelguest import Guest, why_not
 
+pytestmark = pytest.mark.nightly
+
 PROGRAM = Path(__file__).parent / "guest" / "two_nodes.py"
 FEW = ("equal_pages_stay_apart", "nothing_joins_a_misplaced_page")
 CASES = () if os.environ.get("PAGEFOLD_CONFORM") == "live" else FEW  # none named: all

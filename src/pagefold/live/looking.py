@@ -60,6 +60,8 @@ class Looking:
                 self._holes_written(peer.process, region, index[region.where[index] == HOLE])
                 if region.tracked:  # only private mappings are: whatever was merged there is so no more
                     region.became(index, np.zeros(len(index), np.int64))
+                else:  # those that windows are under way for would only be found as they were
+                    index = index[region.wanted[index] == region.where[index]]
                 self._queue(peer, region, index[(region.held_until[index] == 0) & ~region.broken[index]])
             for region, index in [*inherited, *self._released(peer)]:
                 self._queue(peer, region, index)

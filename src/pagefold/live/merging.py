@@ -312,6 +312,9 @@ class Merging:
                 self.stir()
             if refused.any():
                 self.refused(peer, region, index[refused], status[refused])
+            late = index[done & (target != 0)]
+            if len(late) and self.mirror.engine.get("run") == 2:  # asked for before, and done after, all was given back
+                self.ask(peer, [(region, late, np.zeros(len(late), np.int64))])
 
     def refused(
         self, peer: Peer, region: Region, index: Int64, status: np.ndarray[tuple[int], np.dtype[np.uint8]]
