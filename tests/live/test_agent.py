@@ -406,6 +406,7 @@ def without_windows() -> None:
     assert two.mappings() == before
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not ROOT, reason="needs root to become nobody")
 def test_without_windows_pages_are_swapped_plainly_and_the_reason_is_said() -> None:
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
