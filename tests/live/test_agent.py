@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.random  # now: in a child that is nobody, the folder of what it needs may be closed
 import pytest
 from tests.live.children import Child, in_child, wait_until
 
@@ -406,7 +407,6 @@ def without_windows() -> None:
     assert two.mappings() == before
 
 
-@pytest.mark.nightly
 @pytest.mark.skipif(not ROOT, reason="needs root to become nobody")
 def test_without_windows_pages_are_swapped_plainly_and_the_reason_is_said() -> None:
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":

@@ -233,7 +233,6 @@ def become_nobody(path: str) -> None:
     start(path)
 
 
-@pytest.mark.nightly
 @pytest.mark.skipif(not ROOT, reason="needs root to become nobody")
 def test_a_device_that_the_daemon_passes_makes_windows_safe(tmp_path: Path, windows: None) -> None:
     if (
