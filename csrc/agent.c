@@ -20,6 +20,7 @@
 #include "fault.h"
 #include "kernel.h"
 #include "link.h"
+#include "look.h"
 #include "regions.h"
 #include "window.h"
 
@@ -33,7 +34,7 @@ static char kit_why[PF_TEXT];
 static void track_all(void) {
     struct pf_region region = {.id = 0};
     while (pf_region_next(region.id, &region))
-        if (!region.closing && !region.tracked)
+        if (!region.closing && !region.suits && !region.tracked)
             pf_track(region.start, region.pages * PF_PAGE);
 }
 
@@ -131,7 +132,8 @@ int64_t pf_agent_advise(uint64_t start, uint64_t bytes, uint32_t quietly, uint32
     end_noted();
     int64_t region = pf_region_add(start, bytes, quietly, vma);
     if (region > 0) {
-        pf_track(start, bytes);
+        if (vma != PF_VMA_UNSEEN)
+            pf_track(start, bytes);
         pf_link_kick();
     }
     return region;
@@ -139,6 +141,7 @@ int64_t pf_agent_advise(uint64_t start, uint64_t bytes, uint32_t quietly, uint32
 
 static int64_t do_advise(struct pf_job *job) {
     end_noted(); /* what we still track of earlier does not look suitable */
+    pf_array_grow_up(job->start);
     int suits = pf_suitable(job->start, job->bytes, NULL);
     if (suits < 0) {
         /* Memory that is advised already does not look suitable once it is merged: that is the better answer then. */
@@ -150,20 +153,14 @@ static int64_t do_advise(struct pf_job *job) {
     return pf_agent_advise(job->start, job->bytes, job->quietly, (uint32_t)suits);
 }
 
-/* Write to every page of the region that still is a slot: safe beside other writers, and needs no window. */
-static void break_all(const struct pf_region *region) {
-    uint64_t where[512];
-    for (uint64_t first = 0; first < region->pages; first += 512) {
-        uint64_t count = region->pages - first < 512 ? region->pages - first : 512;
-        if (pf_region_where(region->id, first, count, where))
-            return;
-        for (uint64_t i = 0, n; i < count; i += n) {
-            for (n = 1; i + n < count && !where[i + n] == !where[i]; n++)
-                ;
-            if (where[i])
-                madvise((void *)(region->start + (first + i) * PF_PAGE), n * PF_PAGE, PF_MADV_POPULATE_WRITE);
-        }
-    }
+static int64_t do_advise_unseen(struct pf_job *job) {
+    pf_array_grow_up(job->start);
+    return pf_agent_advise(job->start, job->bytes, job->quietly, PF_VMA_UNSEEN);
+}
+
+static int64_t do_look(struct pf_job *job) {
+    end_noted();
+    return pf_look_at(job->region);
 }
 
 static int64_t do_unadvise(struct pf_job *job) {
@@ -173,8 +170,6 @@ static int64_t do_unadvise(struct pf_job *job) {
     pf_announce_gone(job->region);
     pf_link_kick();
     int64_t left = pf_restore(region.start, region.pages, job->quietly);
-    if (left > 0)
-        break_all(&region);
     pf_untrack(region.start, region.pages * PF_PAGE);
     pf_region_remove(job->region);
     pf_embedded_collect();
@@ -197,6 +192,7 @@ static void after_fork_in_child(void) {
     pthread_mutex_init(&notes_lock, NULL);
     pf_command_child();
     pf_link_child();
+    pf_look_child();
     pf_embedded_child();
     pf_array_after_fork(true);
 }
@@ -253,11 +249,30 @@ int pf_get_state(struct pf_state *state) {
     return 0;
 }
 
+static int64_t advise(struct pf_job *job) {
+    if (job->start % PF_PAGE || job->bytes % PF_PAGE || job->bytes == 0 || job->start + job->bytes < job->start)
+        return -EINVAL;
+    return at_home() ? pf_command_run(job) : -ECHILD;
+}
+
 int64_t pf_advise(uint64_t start, uint64_t bytes, uint32_t quietly) {
     struct pf_job job = {.run = do_advise, .start = start, .bytes = bytes, .quietly = quietly != 0, .brief = true};
-    if (start % PF_PAGE || bytes % PF_PAGE || bytes == 0 || start + bytes < start)
-        return -EINVAL;
-    return at_home() ? pf_command_run(&job) : -ECHILD;
+    return advise(&job);
+}
+
+int64_t pf_advise_unseen(uint64_t start, uint64_t bytes, uint32_t quietly) {
+    struct pf_job job = {.run = do_advise_unseen, .start = start, .bytes = bytes, .quietly = quietly != 0, .brief = true};
+    return advise(&job);
+}
+
+int pf_suits(int64_t region) {
+    struct pf_job job = {.run = do_look, .region = region, .brief = true};
+    struct pf_region about;
+    if (!at_home())
+        return -ECHILD;
+    if (!pf_region_get(region, &about))
+        return -ENOENT;
+    return about.suits != PF_UNSEEN ? about.suits : (int)pf_command_run(&job);
 }
 
 int64_t pf_unadvise(int64_t region) {
@@ -281,6 +296,17 @@ int pf_forget(int64_t region) {
     int error = pf_region_remove(region);
     pf_command_ring(PF_BELL_LINK | PF_BELL_STORE);
     return error;
+}
+
+int64_t pf_find(uint64_t address, uint64_t *start, uint64_t *bytes) {
+    struct pf_region region;
+    if (!at_home())
+        return -ECHILD;
+    if (!pf_region_at(address, &region) || region.closing)
+        return -ENOENT;
+    *start = region.start;
+    *bytes = region.pages * PF_PAGE;
+    return region.id;
 }
 
 /* Put fresh memory, of the same kind as the rest, in the place of pages. */
@@ -337,7 +363,10 @@ int pf_merge(int64_t region, uint64_t timeout_ms, struct pf_report *report) {
         return -ESRCH;
     if (!pf_region_get(region, &about) || about.closing)
         return -ENOENT;
-    int error = pf_link_merge(region, timeout_ms, report);
+    int error = pf_suits(region);
+    if (error)
+        return error;
+    error = pf_link_merge(region, timeout_ms, report);
     if (error != -ENOTCONN) {
         report->through_daemon = 1;
         return error;

@@ -71,9 +71,19 @@ int pf_stop(void);
 int pf_get_state(struct pf_state *state);
 
 /* Let [start, start+bytes) be managed from now on; returns a region's number (> 0). The memory must stay mapped, private,
- * anonymous, until pf_unadvise or pf_forget. -EINVAL not whole pages, -EEXIST overlaps a region, -ENOMEM,
+ * anonymous, until pf_unadvise or pf_forget. Memory of pf_array_malloc becomes a region as it would by itself, now: -EEXIST.
+ * -EINVAL not whole pages, -EEXIST overlaps a region, -ENOMEM,
  * -EOPNOTSUPP the mapping cannot be merged (shared, file, special ...). With `quietly` != 0 only pf_merge touches it: no background. */
 int64_t pf_advise(uint64_t start, uint64_t bytes, uint32_t quietly);
+/* The same, but whether the mapping can be merged is found out later, for all such regions at once: by pf_suits, before the
+ * daemon hears of it, or at the first pf_merge. Until then nothing touches it. Costs some 30 us, pf_advise what the reading of
+ * /proc/self/smaps takes. */
+int64_t pf_advise_unseen(uint64_t start, uint64_t bytes, uint32_t quietly);
+/* 0: the region's mapping can be merged; or the error that pf_advise would have given. Then it stays a region that nothing
+ * touches, until it is ended. -ENOENT. */
+int pf_suits(int64_t region);
+/* The region that holds `address`, its first address and bytes; -ENOENT. */
+int64_t pf_find(uint64_t address, uint64_t *start, uint64_t *bytes);
 /* End that, and give every merged page back as private anonymous memory; threads may write meanwhile. Returns the number of
  * pages that could not be given back (pinned: they stay private, correct, in a file mapping), or a negative errno: of all of
  * these functions -ESRCH means that the agent is not started, -ECHILD that this process was made by a bare clone(2). */

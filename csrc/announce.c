@@ -6,6 +6,9 @@
 #include <stddef.h>
 #include <sys/mman.h>
 
+#include "link.h"
+#include "look.h"
+
 #define RING 1024u
 #define FIRST_ROOM 4096u /* numbers */
 
@@ -99,16 +102,23 @@ static bool say_all_gone(void) {
 bool pf_announce(void) {
     struct pf_region region;
     int64_t upto = seen;
+    /* 0. A region that nobody looked at is not announced, and none above it: numbers are told ascending. */
+    pf_look();
     /* 1. What is there now? Only the highest number need be kept: numbers grow, and each is looked up again in step 3. */
-    while (pf_region_next(upto, &region))
+    while (pf_region_next(upto, &region)) {
+        if (region.suits == PF_UNSEEN) {
+            pf_link_kick();
+            break;
+        }
         upto = region.id;
+    }
     /* 2. */
     if (!say_all_gone())
         return false;
     /* 3. */
     while (seen < upto && pf_region_next(seen, &region) && region.id <= upto) {
         seen = region.id;
-        if (!region.closing && !(add(region.id) && pf_announce_advise(&region)))
+        if (!region.closing && !region.suits && !(add(region.id) && pf_announce_advise(&region)))
             return false;
     }
     seen = upto;

@@ -260,9 +260,9 @@ void *pf_array_realloc(void *ctx, void *pointer, size_t size) {
 
 /* --- growing up --------------------------------------------------------------------------------------------------------- */
 
-static void adopt(struct pf_block *block) {
+static void adopt(struct pf_block *block, uint32_t vma) {
     uint64_t start = block->start, bytes = block->bytes; /* nobody changes them while it is PF_BLOCK_ADOPTING */
-    int64_t region = pf_agent_advise(start, bytes, 0, bytes >= HUGE_BYTES ? PF_VMA_HUGEPAGE : 0);
+    int64_t region = pf_agent_advise(start, bytes, 0, vma);
     pthread_mutex_lock(&lock);
     bool doomed = block->state == PF_BLOCK_DOOMED;
     adopting = NULL;
@@ -278,6 +278,19 @@ static void adopt(struct pf_block *block) {
     if (region > 0)
         pf_forget(region);
     munmap(pointer_to(start), bytes);
+}
+
+void pf_array_grow_up(uint64_t address) {
+    pthread_mutex_lock(&lock);
+    struct pf_block *block = pf_blocks_young_at(address);
+    if (block) {
+        pf_blocks_grow_up(block);
+        block->state = PF_BLOCK_ADOPTING;
+        adopting = block;
+    }
+    pthread_mutex_unlock(&lock);
+    if (block)
+        adopt(block, PF_VMA_UNSEEN);
 }
 
 static void settle_unsure(void) {
@@ -342,7 +355,7 @@ bool pf_array_tick(void) {
             return again;
         }
         pthread_mutex_unlock(&lock);
-        adopt(block);
+        adopt(block, block->bytes >= HUGE_BYTES ? PF_VMA_HUGEPAGE : 0);
         if (adopted % FEW == FEW - 1 && !pf_command_breathe())
             return true;
     }

@@ -8,6 +8,8 @@
 /* About once a second, in the command thread: advise what has lived long enough, give back a cache that nobody uses.
  * False: nothing to look after. */
 bool pf_array_tick(void);
+/* A young block that holds this address becomes a region now: what is asked of it is asked of that one. Command thread only. */
+void pf_array_grow_up(uint64_t address);
 bool pf_array_any(void); /* there is something to look after, though nobody may have been there to hear it */
 void pf_array_before_fork(void);
 void pf_array_after_fork(bool child);

@@ -32,6 +32,15 @@ struct pf_block *pf_blocks_find(uint64_t start) {
     return at;
 }
 
+struct pf_block *pf_blocks_young_at(uint64_t address) {
+    struct pf_block *at = pf_blocks_find(address);
+    if (at)
+        return at->state == PF_BLOCK_YOUNG ? at : NULL;
+    for (at = oldest; at && address - at->start >= at->bytes;)
+        at = at->younger;
+    return at;
+}
+
 static bool more_buckets(void) {
     uint32_t more = bucket_count ? bucket_count * 2 : PF_PAGE / sizeof *buckets;
     struct pf_block **old = buckets, **made = map(more * sizeof *buckets);

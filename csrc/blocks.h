@@ -27,6 +27,8 @@ struct pf_block {
 };
 
 struct pf_block *pf_blocks_find(uint64_t start);
+/* The young block that holds `address`; quick if it begins there. */
+struct pf_block *pf_blocks_young_at(uint64_t address);
 /* A new record in the table, young; NULL: no memory for it. */
 struct pf_block *pf_blocks_enter(uint64_t start, uint64_t bytes, uint32_t tick);
 /* Take a block out of the table; it keeps its record. */

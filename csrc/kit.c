@@ -178,6 +178,8 @@ static int each_region(uint64_t start, uint64_t end, int (*each)(uint64_t, uint6
     for (uint32_t i = 0; (region = pf_region_index(i)) && region->start < end && !error; i++) {
         if (region->start + region->pages * PF_PAGE <= start)
             continue;
+        if (tracked ? region->closing || region->suits : !region->tracked)
+            continue; /* its memory is not ours to register any more, or not yet; or another's userfaultfd may be there */
         region->tracked = tracked;
         error = each_private(region, start, end, each);
     }

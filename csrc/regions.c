@@ -1,8 +1,8 @@
 /* Own the registry of regions and W, the window mutex: see regions.h. Must not know userfaultfd, the daemon, or Python.
  *
- * The registry is an array of entries, sorted by address, in memory of its own mmap; it doubles. An entry repeats what a
- * search needs, so that one with thousands of regions touches few cache lines. Ids count up, so a late message about a
- * region that is gone can never meet another one.
+ * The registry is an array of entries, sorted by address, and one sorted by id, in memory of their own mmap; they double. An
+ * entry repeats what a search needs, so that one with thousands of regions touches few cache lines. Ids count up, so a late
+ * message about a region that is gone can never meet another one, and a new id goes to the end of its array.
  */
 #define _GNU_SOURCE
 #include "regions.h"
@@ -25,9 +25,14 @@ static struct entry {
     int64_t id;
     struct pf_region *region;
 } *entries; /* sorted by start */
+static struct numbered {
+    int64_t id;
+    struct pf_region *region;
+} *numbered; /* the same, sorted by id */
 static uint32_t count, room;
+static uint32_t unseen, refused; /* regions whose `suits` is PF_UNSEEN, is negative */
 static int64_t last_id;
-static uint64_t all_pages;
+static uint64_t all_pages, refused_pages;
 
 static void before_fork(void) {
     pf_w_lock();
@@ -100,18 +105,40 @@ static uint32_t index_above(uint64_t address) {
     return low;
 }
 
+/* First index in `numbered` whose id is above `id`. */
+static uint32_t index_after(int64_t id) {
+    uint32_t low = 0, high = count;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (numbered[middle].id > id)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
 static bool make_room(void) {
     if (count < room)
         return true;
     uint32_t more = room ? 2 * room : PF_PAGE / sizeof *entries;
     struct entry *larger = map_memory(more * sizeof *entries);
-    if (!larger)
+    struct numbered *longer = map_memory(round_up(more * sizeof *numbered));
+    if (!larger || !longer) {
+        if (larger)
+            munmap(larger, more * sizeof *entries);
+        if (longer)
+            munmap(longer, round_up(more * sizeof *numbered));
         return false;
+    }
     if (entries) {
         memcpy(larger, entries, count * sizeof *entries);
+        memcpy(longer, numbered, count * sizeof *numbered);
         munmap(entries, room * sizeof *entries);
+        munmap(numbered, round_up(room * sizeof *numbered));
     }
     entries = larger;
+    numbered = longer;
     room = more;
     return true;
 }
@@ -123,8 +150,11 @@ int64_t pf_region_add(uint64_t start, uint64_t bytes, uint32_t quiet, uint32_t v
     struct pf_region *region = map_memory(record_bytes(pages));
     if (!region)
         return -ENOMEM;
-    *region = (struct pf_region){.start = start, .pages = pages, .quiet = quiet, .vma = vma,
-                                 .where = (uint64_t *)(region + 1)};
+    *region = (struct pf_region){.start = start, .pages = pages, .quiet = quiet, .where = (uint64_t *)(region + 1)};
+    if (vma == PF_VMA_UNSEEN)
+        region->suits = PF_UNSEEN;
+    else
+        region->vma = vma;
     pf_w_lock();
     int64_t result = 0;
     uint32_t at = index_above(start);
@@ -136,7 +166,8 @@ int64_t pf_region_add(uint64_t start, uint64_t bytes, uint32_t quiet, uint32_t v
         memmove(entries + at + 1, entries + at, (count - at) * sizeof *entries);
         result = region->id = ++last_id;
         entries[at] = (struct entry){start, start + bytes, region->id, region};
-        count++;
+        numbered[count++] = (struct numbered){region->id, region};
+        unseen += region->suits == PF_UNSEEN;
         all_pages += pages;
     }
     pf_w_unlock();
@@ -145,16 +176,9 @@ int64_t pf_region_add(uint64_t start, uint64_t bytes, uint32_t quiet, uint32_t v
     return result;
 }
 
-/* Index of the region with this id, or `count`. Linear, but not for windows: they look up by address. */
-static uint32_t index_of(int64_t id) {
-    uint32_t at = 0;
-    while (at < count && entries[at].id != id)
-        at++;
-    return at;
-}
-
 static struct pf_region *find(int64_t id) {
-    return pf_region_index(index_of(id));
+    const uint32_t after = index_after(id);
+    return after && numbered[after - 1].id == id ? numbered[after - 1].region : NULL;
 }
 
 struct pf_region *pf_region_find_at(uint64_t address) {
@@ -177,18 +201,47 @@ int pf_region_close(int64_t id) {
 
 int pf_region_remove(int64_t id) {
     pf_w_lock();
-    uint32_t at = index_of(id);
-    struct pf_region *region = pf_region_index(at);
+    struct pf_region *region = find(id);
     if (region) {
+        const uint32_t at = index_above(region->start), number = index_after(id) - 1;
         count--;
         memmove(entries + at, entries + at + 1, (count - at) * sizeof *entries);
+        memmove(numbered + number, numbered + number + 1, (count - number) * sizeof *numbered);
         all_pages -= region->pages;
+        unseen -= region->suits == PF_UNSEEN;
+        refused -= region->suits < 0;
+        refused_pages -= region->suits < 0 ? region->pages : 0;
     }
     pf_w_unlock();
     if (!region)
         return -ENOENT;
     munmap(region, record_bytes(region->pages));
     return 0;
+}
+
+int pf_region_seen(int64_t id, int32_t suits) {
+    pf_w_lock();
+    struct pf_region *region = find(id);
+    const int result = !region ? -ENOENT : region->suits != PF_UNSEEN ? -EALREADY : 0;
+    if (!result) {
+        unseen--;
+        region->suits = suits < 0 ? suits : 0;
+        region->vma = suits < 0 ? 0 : (uint32_t)suits;
+        refused += suits < 0;
+        refused_pages += suits < 0 ? region->pages : 0;
+    }
+    pf_w_unlock();
+    return result;
+}
+
+uint32_t pf_region_unseen(struct pf_range *ranges, uint32_t most) {
+    uint32_t found = 0;
+    pf_w_lock();
+    for (uint32_t i = 0; unseen && i < count && found < most; i++)
+        if (entries[i].region->suits == PF_UNSEEN)
+            ranges[found++] = (struct pf_range){entries[i].id, entries[i].start, entries[i].end, 0};
+    pf_w_unlock();
+    return found;
 }
 
 static bool copy_record(const struct pf_region *region, struct pf_region *copy) {
@@ -207,12 +260,9 @@ bool pf_region_get(int64_t id, struct pf_region *copy) {
 }
 
 bool pf_region_next(int64_t after, struct pf_region *copy) {
-    const struct pf_region *next = NULL;
     pf_w_lock();
-    for (uint32_t i = 0; i < count; i++)
-        if (entries[i].id > after && (!next || entries[i].id < next->id))
-            next = entries[i].region;
-    bool found = copy_record(next, copy);
+    const uint32_t next = index_after(after);
+    bool found = copy_record(next < count ? numbered[next].region : NULL, copy);
     pf_w_unlock();
     return found;
 }
@@ -239,8 +289,8 @@ int pf_region_where(int64_t id, uint64_t first, uint64_t pages, uint64_t *out) {
 
 void pf_region_totals(uint32_t *number, uint64_t *pages) {
     pf_w_lock();
-    *number = count;
-    *pages = all_pages;
+    *number = count - refused;
+    *pages = all_pages - refused_pages;
     pf_w_unlock();
 }
 

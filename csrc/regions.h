@@ -29,6 +29,7 @@ struct pf_region {
     uint32_t tracked; /* 1: its anonymous pages are registered for write tracking now; kept by pf_track and by fork */
     uint32_t closing; /* 1: no window may start in it any more (pf_region_close) */
     uint32_t vma;     /* PF_VMA_*: what its mapping is like beside the ordinary, given back by pf_restore */
+    int32_t suits;    /* 0: its mapping can be merged; else nothing touches it: PF_UNSEEN, or the negative errno of pf_suitable */
     uint64_t *where;  /* per page; read and written under W only */
 };
 
@@ -38,15 +39,32 @@ struct pf_region {
 #define PF_VMA_NORESERVE 4u  /* MAP_NORESERVE (arenas of malloc) */
 #define PF_VMA_MERGEABLE 8u  /* MADV_MERGEABLE: the kernel's own merging is asked for too */
 
+#define PF_UNSEEN 1 /* as `suits`: nobody looked yet (look.h) */
+#define PF_VMA_UNSEEN UINT32_MAX /* as `vma` of pf_region_add: the same */
+
+/* Some memory, and the answer of pf_suitable_all. */
+struct pf_range {
+    int64_t region; /* not looked at */
+    uint64_t start, end;
+    int32_t suits;  /* PF_VMA_* (0 or more), or a negative errno */
+};
+
 /* Say whether [start, start+bytes) can be merged: only plain private anonymous read-write memory, not locked, without
  * DONTFORK, DONTDUMP, WIPEONFORK, protection key, memory policy or foreign userfaultfd, mapped without a gap. Returns
  * PF_VMA_* (0 or more), or -EOPNOTSUPP, -ENOMEM (a gap), or what opening /proc/self/smaps gave; then `why`, if not NULL,
- * holds PF_TEXT bytes of reason. Reads all of /proc/self/smaps (some 15 ms per GiB in use): once per region, not for
- * memory that the library itself mapped. Takes no lock. What another region has merged is a file mapping: not suitable. */
+ * holds PF_TEXT bytes of reason. Reads /proc/self/smaps up to that memory (some 15 ms per GiB in use, 2.5 us per mapping):
+ * not for memory that the library itself mapped. Takes no lock. What another region has merged is a file mapping: not
+ * suitable. */
 int pf_suitable(uint64_t start, uint64_t bytes, char *why);
+/* The same for many, ascending and without overlap, in one reading; `why` is of the last that was refused. */
+void pf_suitable_all(struct pf_range *ranges, uint32_t count, char *why);
 
 /* Add a region; no test of the mapping. Returns its id, or -EINVAL (not whole pages, empty, wraps), -EEXIST, -ENOMEM. */
 int64_t pf_region_add(uint64_t start, uint64_t bytes, uint32_t quiet, uint32_t vma);
+/* Note what pf_suitable says of a region that was added unseen. -ENOENT; -EALREADY: it was seen meanwhile. */
+int pf_region_seen(int64_t id, int32_t suits);
+/* The regions that nobody looked at, ascending by address, the first `room` of them; returns how many. */
+uint32_t pf_region_unseen(struct pf_range *ranges, uint32_t room);
 /* From the moment this returns no window or remap is in the region, and none will start; pf_restore still works. -ENOENT. */
 int pf_region_close(int64_t id);
 /* Forget the region (and its where); its pages stay as they are. Returns when no window is in it. -ENOENT. */
@@ -59,7 +77,7 @@ bool pf_region_next(int64_t after, struct pf_region *copy);
 bool pf_region_at(uint64_t address, struct pf_region *copy);
 /* Copy where[first, first+pages) of a region; `out` is not managed memory. -ENOENT, -EINVAL. */
 int pf_region_where(int64_t id, uint64_t first, uint64_t pages, uint64_t *out);
-/* Regions and their pages. */
+/* Regions and their pages, without those whose mapping does not suit. */
 void pf_region_totals(uint32_t *regions, uint64_t *pages);
 /* Pages of all regions that map a slot of this extent: 0 means that its descriptor and view are not needed for them. */
 uint64_t pf_region_extent_pages(uint32_t extent);

@@ -1,7 +1,8 @@
 /* Own the question whether a mapping can be merged: see pf_suitable in regions.h. Must not know regions or windows.
  *
- * The flags that matter (locked, DONTFORK ...) are shown in /proc/self/smaps only. Flags are a white list: one we have not
- * heard of may mean something that a swap would lose.
+ * The flags that matter (locked, DONTFORK ...) are shown in /proc/self/smaps only: not by PROCMAP_QUERY, and no other call tells
+ * DONTFORK, DONTDUMP or WIPEONFORK. Its text is made from the lowest mapping up, so one reading is for as many ranges as
+ * there are. Flags are a white list: one we have not heard of may mean something that a swap would lose.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -24,14 +25,22 @@ struct reading {
     bool ended;
 };
 
-struct judgement {
-    uint64_t start, end; /* asked for */
-    uint64_t reached;    /* everything below is suitable */
-    int marks;           /* PF_VMA_* that all mappings so far have; -1: none seen */
-    int error;
-    char *why;
-    bool inside; /* the lines read now are about a mapping of the range */
+/* A mapping, as far as its lines were read. */
+struct mapping {
+    uint64_t start, end;
+    int marks;           /* PF_VMA_* */
+    const char *meaning; /* why it cannot be merged; NULL: it can */
 };
+
+struct judgement {
+    struct pf_range *ranges; /* until the reading ends, `suits` is PF_VMA_* of what was seen; UNSEEN: nothing */
+    uint32_t first, count;   /* those before `first` are done */
+    uint64_t reached;        /* everything of ranges[first] below is suitable; 0: nothing yet */
+    struct mapping mapping;  /* the lines read now are about; `end` 0: about none that matters */
+    char *why;
+};
+
+#define UNSEEN INT32_MAX
 
 static const struct {
     char flag[3];
@@ -92,95 +101,127 @@ static const char *skip_word(const char *text) {
 }
 
 static void refuse(struct judgement *judgement, int error, const char *meaning) {
-    judgement->error = error;
-    pf_text(judgement->why, "the mapping is %s", meaning);
+    judgement->ranges[judgement->first++].suits = error;
+    judgement->reached = 0;
+    pf_text(judgement->why, error == -EOPNOTSUPP ? "the mapping is %s" : "%s", meaning);
+}
+
+/* All lines of the mapping were read: judge the ranges that end in it, or go on behind it. */
+static void judge_mapping(struct judgement *judgement) {
+    const struct mapping mapping = judgement->mapping;
+    judgement->mapping.end = 0;
+    while (judgement->first < judgement->count && judgement->ranges[judgement->first].start < mapping.end) {
+        struct pf_range *range = &judgement->ranges[judgement->first];
+        if (mapping.meaning) {
+            refuse(judgement, -EOPNOTSUPP, mapping.meaning);
+            continue;
+        }
+        range->suits = range->suits == UNSEEN ? mapping.marks : range->suits & mapping.marks;
+        if (range->end > mapping.end) {
+            judgement->reached = mapping.end;
+            return;
+        }
+        judgement->first++;
+        judgement->reached = 0;
+    }
+}
+
+/* Nothing is mapped between what was reached and `start`. */
+static void judge_gap(struct judgement *judgement, uint64_t start) {
+    while (judgement->first < judgement->count && judgement->ranges[judgement->first].start < start &&
+           judgement->reached < start)
+        refuse(judgement, -ENOMEM, "part of the range is not mapped");
 }
 
 /* "start-end perms offset device inode path" */
-static void judge_header(struct judgement *judgement, const char *line) {
-    uint64_t from, to;
-    line = hex(line, &from);
-    line = hex(line + (*line == '-'), &to);
-    judgement->inside = from < judgement->end && to > judgement->start;
-    if (!judgement->inside)
+static void begin_mapping(struct judgement *judgement, const char *line) {
+    struct mapping mapping = {.meaning = NULL};
+    int policy = 0;
+    line = hex(line, &mapping.start);
+    line = hex(line + (*line == '-'), &mapping.end);
+    judge_gap(judgement, mapping.start);
+    if (judgement->first == judgement->count || judgement->ranges[judgement->first].start >= mapping.end)
         return;
     const char *rights = line + strspn(line, " ");
     const char *inode = skip_word(skip_word(skip_word(rights)));
     const char *path = skip_word(inode);
-    if (from > judgement->reached) {
-        judgement->error = -ENOMEM;
-        pf_text(judgement->why, "part of the range is not mapped");
-    } else if (rights[3] != 'p') {
-        refuse(judgement, -EOPNOTSUPP, "shared");
-    } else if (strncmp(inode, "0 ", 2) && strcmp(inode, "0")) {
-        refuse(judgement, -EOPNOTSUPP, "a file's");
-    } else if (strncmp(rights, "rw-", 3)) {
-        refuse(judgement, -EOPNOTSUPP, "not readable and writable (or it is executable)");
-    } else if (*path && strncmp(path, "[heap]", 6) && strncmp(path, "[anon:", 6)) {
-        refuse(judgement, -EOPNOTSUPP, "special");
-    } else {
-        int policy = 0;
-        if (!syscall(__NR_get_mempolicy, &policy, NULL, 0ul, from, GET_POLICY_OF_ADDRESS) && policy)
-            refuse(judgement, -EOPNOTSUPP, "bound to NUMA nodes (mbind)");
-        judgement->reached = to;
-    }
+    if (rights[3] != 'p')
+        mapping.meaning = "shared";
+    else if (strncmp(inode, "0 ", 2) && strcmp(inode, "0"))
+        mapping.meaning = "a file's";
+    else if (strncmp(rights, "rw-", 3))
+        mapping.meaning = "not readable and writable (or it is executable)";
+    else if (*path && strncmp(path, "[heap]", 6) && strncmp(path, "[anon:", 6))
+        mapping.meaning = "special";
+    else if (!syscall(__NR_get_mempolicy, &policy, NULL, 0ul, mapping.start, GET_POLICY_OF_ADDRESS) && policy)
+        mapping.meaning = "bound to NUMA nodes (mbind)";
+    judgement->mapping = mapping;
 }
 
-static void judge_flags(struct judgement *judgement, const char *text) {
-    int found = 0;
+static void judge_flags(struct mapping *mapping, const char *text) {
     for (text += strspn(text, " "); text[0] && text[1]; text = skip_word(text)) {
         size_t i;
         for (i = 0; i < sizeof marks / sizeof *marks && strncmp(text, marks[i].flag, 2); i++)
             ;
         if (i < sizeof marks / sizeof *marks) {
-            found |= marks[i].mark;
+            mapping->marks |= marks[i].mark;
             continue;
         }
         for (i = 0; i < sizeof reasons / sizeof *reasons && strncmp(text, reasons[i].flag, 2); i++)
             ;
-        refuse(judgement, -EOPNOTSUPP, i < sizeof reasons / sizeof *reasons ? reasons[i].meaning : "special");
+        mapping->meaning = i < sizeof reasons / sizeof *reasons ? reasons[i].meaning : "special";
         return;
     }
-    judgement->marks = judgement->marks < 0 ? found : judgement->marks & found;
 }
 
 static void judge_line(struct judgement *judgement, const char *line) {
+    struct mapping *mapping = &judgement->mapping;
     if (*line < 'A' || *line > 'Z')
-        judge_header(judgement, line);
-    else if (!judgement->inside)
+        begin_mapping(judgement, line);
+    else if (!mapping->end)
         return;
-    else if (!strncmp(line, "VmFlags:", 8))
-        judge_flags(judgement, line + 8);
-    else if (!strncmp(line, "ProtectionKey:", 14) && line[14 + strspn(line + 14, " ")] != '0')
-        refuse(judgement, -EOPNOTSUPP, "protected by a key (pkey_mprotect)");
+    else if (!strncmp(line, "VmFlags:", 8)) { /* the last line of a mapping */
+        if (!mapping->meaning)
+            judge_flags(mapping, line + 8);
+        judge_mapping(judgement);
+    } else if (!strncmp(line, "ProtectionKey:", 14) && line[14 + strspn(line + 14, " ")] != '0' && !mapping->meaning)
+        mapping->meaning = "protected by a key (pkey_mprotect)";
 }
 
-int pf_suitable(uint64_t start, uint64_t bytes, char *why) {
-    struct judgement judgement = {.start = start, .end = start + bytes, .reached = start, .marks = -1, .why = why};
+static void refuse_all(struct judgement *judgement, int error, const char *why) {
+    while (judgement->first < judgement->count)
+        refuse(judgement, error, why);
+    pf_text(judgement->why, "%s (errno %d)", why, -error);
+}
+
+void pf_suitable_all(struct pf_range *ranges, uint32_t count, char *why) {
+    char unused[PF_TEXT];
+    struct judgement judgement = {.ranges = ranges, .count = count, .why = why ? why : unused};
     struct reading reading = {.file = open("/proc/self/smaps", O_RDONLY | O_CLOEXEC)};
-    pf_text(why, "%s", "");
+    char *line;
+    pf_text(judgement.why, "%s", "");
     if (reading.file < 0) {
-        const int error = -errno;
-        pf_text(why, "/proc/self/smaps cannot be opened (errno %d)", -error);
-        return error;
+        refuse_all(&judgement, -errno, "/proc/self/smaps cannot be opened");
+        return;
     }
     reading.buffer = mmap(NULL, BUFFER_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (reading.buffer == MAP_FAILED) {
         close(reading.file);
-        pf_text(why, "no memory to read /proc/self/smaps");
-        return -ENOMEM;
+        refuse_all(&judgement, -ENOMEM, "no memory to read /proc/self/smaps");
+        return;
     }
-    char *line;
-    bool past = false; /* beyond the range: no more lines are needed */
-    while (!judgement.error && !past && (line = next_line(&reading))) {
+    for (uint32_t i = 0; i < count; i++)
+        ranges[i].suits = UNSEEN;
+    while (judgement.first < count && (line = next_line(&reading)))
         judge_line(&judgement, line);
-        past = !judgement.inside && judgement.reached >= judgement.end;
-    }
     munmap(reading.buffer, BUFFER_BYTES);
     close(reading.file);
-    if (!judgement.error && judgement.reached < judgement.end) {
-        judgement.error = reading.ended ? -ENOMEM : -EIO;
-        pf_text(why, "part of the range is not mapped");
-    }
-    return judgement.error ? judgement.error : judgement.marks < 0 ? 0 : judgement.marks;
+    while (judgement.first < count)
+        refuse(&judgement, reading.ended ? -ENOMEM : -EIO, "part of the range is not mapped");
+}
+
+int pf_suitable(uint64_t start, uint64_t bytes, char *why) {
+    struct pf_range range = {.start = start, .end = start + bytes};
+    pf_suitable_all(&range, 1, why);
+    return range.suits;
 }

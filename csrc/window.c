@@ -307,6 +307,8 @@ void pf_window(int64_t id, uint64_t start, uint32_t pages, const struct pf_targe
         refused = PF_BAD;
     else if (!region || region->id != id || region->closing || !inside(region, start, pages))
         refused = PF_UNMANAGED;
+    else if (region->suits)
+        refused = PF_UNSUITABLE;
     else if (!pf_kit.ready && (!plain || pf_kit.pagemap < 0))
         refused = PF_OFF;
     if (refused != PF_STATUSES) {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import re
 import resource
@@ -144,6 +146,47 @@ def test_hello_comes_first_and_regions_after_welcome(daemon: FakeDaemon, client:
         assert (said["region"], said["start"], said["pages"], said["quiet"]) == (number, at, pages, quiet)
         assert said["tracked"] == 1
     wait_until(lambda: client.do(state)["connected"], "the connection")
+
+
+def advise_unseen(pages: int, advice: int = 0) -> tuple[int, int]:
+    made = Pages(contents(pages, 1, 0))
+    libc = ctypes.CDLL(None)
+    assert not advice or libc.madvise(ctypes.c_void_p(made.start), ctypes.c_size_t(made.size), advice) == 0
+    number = kept["agent"].library.functions.pf_advise_unseen(made.start, made.size, 0)
+    kept.setdefault("regions", {})[number] = made
+    return number, made.start
+
+
+def suits(number: int) -> int:
+    return int(kept["agent"].library.suits(number))
+
+
+def refused(number: int) -> int:
+    code, report = kept["agent"].library.merge(number)
+    assert not report.pages
+    return int(code)
+
+
+def test_the_daemon_hears_of_what_suits_only(met: Connection, client: Child) -> None:
+    """A region that nobody looked at is looked at before it is said; one that does not suit is not said, and can be ended."""
+    special, _ = client.do(advise_unseen, 8, 10)  # MADV_DONTFORK
+    number, start = client.do(advise_unseen, 8)
+    said = met.hear(messages.ADVISE)
+    assert (said["region"], said["start"], said["pages"]) == (number, start, 8)
+    assert client.do(suits, number) == 0
+    assert client.do(suits, special) == client.do(refused, special) == -errno.EOPNOTSUPP
+    assert client.do(suits, 999) == -errno.ENOENT
+    met.give(1, contents(8, 1, 0))
+    assert met.windows((special, client.do(place_of, special), 8, 1, 0)) == ["unsuitable"] * 8
+    assert client.do(state)["regions"] == 1
+    client.do(end, special)
+    client.do(end, number)
+    assert met.hear(messages.UNADVISE)["region"] == number
+    assert client.do(state)["regions"] == 0
+
+
+def place_of(number: int) -> int:
+    return int(kept["regions"][number].start)
 
 
 def test_regions_that_go_are_said_before_others_come(met: Connection, client: Child) -> None:

@@ -74,6 +74,7 @@ class Region(ctypes.Structure):
         ("tracked", ctypes.c_uint32),
         ("closing", ctypes.c_uint32),
         ("vma", ctypes.c_uint32),
+        ("suits", ctypes.c_int32),
         ("where", ctypes.c_void_p),
     )
 
