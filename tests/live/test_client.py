@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import concurrent.futures
 import contextlib
+import ctypes
 import gc
 import hashlib
 import mmap
@@ -15,6 +16,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -144,8 +146,6 @@ def test_what_cannot_merge_says_why() -> None:
     for word in ("shared memory", "too small", "no memory of its own (str)"):
         assert word in reasons
     locked = mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    import ctypes
-
     place = ctypes.addressof(ctypes.c_char.from_buffer(locked))
     if ctypes.CDLL(None).mlock(ctypes.c_void_p(place), ctypes.c_size_t(4 * PAGE)) == 0:
         assert pagefold.merge(locked).why_not == {"this memory is locked (mlock)": 4}
@@ -403,6 +403,43 @@ def test_advice_keeps_memory_until_it_ends() -> None:
         assert handle.pages == PAGES + 1 or handle.pages == PAGES
     assert gone() is not None
     assert regions() == 1
+
+
+def bytes_read() -> int:
+    """Return how much this process has read in all, from whatever file."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+@own_process
+def test_thousands_of_objects_are_looked_at_together() -> None:
+    """To look at one is to read smaps, all of it: for each of many that would take minutes."""
+    arrays = [np.full(16 * PAGE // 8, n) for n in range(600)]
+    pagefold.advise(arrays[0])
+    begin = bytes_read()
+    handles = [pagefold.advise(one) for one in arrays]
+    assert sum(handle.pages for handle in handles) >= 600 * 15
+    end = bytes_read()
+    whole = len(Path("/proc/self/smaps").read_bytes())
+    maps = len(Path("/proc/self/maps").read_bytes()) * len(arrays)  # read for each before Linux 6.11
+    assert end - begin < 5 * whole + maps, f"{end - begin:,} bytes read for a smaps of {whole:,}"
+    with pagefold.advise(arrays) as handle:
+        assert handle.pages == sum(one.pages for one in handles)
+
+
+@own_process
+def test_what_cannot_be_merged_is_found_out_whoever_asks_first() -> None:
+    one, two = (mmap.mmap(-1, 8 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2))
+    for memory in (one, two):
+        place = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        assert ctypes.CDLL(None).madvise(ctypes.c_void_p(place + 2 * PAGE), ctypes.c_size_t(PAGE), 16) == 0  # DONTDUMP
+    handle = pagefold.advise(one)
+    report = pagefold.merge(one)
+    assert report.why_not == handle.why_not == {"this memory is MADV_DONTDUMP": 8}
+    assert not handle.pages
+    assert not report.held
+    one.close()  # nothing keeps it
+    assert repr(pagefold.advise(two)).startswith("<pagefold.Handle: 0 pages advised")
+    assert regions() == 0
 
 
 @own_process

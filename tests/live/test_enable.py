@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from tests.live.own_process import BOUND, own_process, python
+from tests.live.window_driver import refuse_calls
 
 import pagefold
 from pagefold.errors import NotHere
@@ -194,28 +195,115 @@ def test_equal_arrays_begin_at_a_page_and_can_merge_whole() -> None:
     pagefold.enable()
     one, two = (np.random.default_rng(1).integers(0, 255, 100_000, np.uint8) for _ in range(2))
     reports = [pagefold.merge(one), pagefold.merge(two)]
-    whole = 100_000 // PAGE
-    assert reports[1].merged == whole, str(reports[1])
+    whole = -(-100_000 // PAGE)  # behind its last byte there is nobody else's
+    assert (reports[1].merged, reports[1].pages) == (whole, whole), str(reports[1])
     assert (one == two).all()
 
 
+def random_array(seed: int) -> Any:
+    import numpy as np
+
+    return np.random.default_rng(seed).integers(0, 255, 100_000, np.uint8)
+
+
+def release_is_without_effect_on_others(one: Any, handle: Any) -> None:
+    assert handle.release() == 0
+    assert handle.pages == 0
+    assert regions() == 2
+    assert one.tobytes() == random_array(1).tobytes()
+
+
 @own_process
-def test_what_is_advised_already_says_so_and_is_whole() -> None:
+def test_what_is_advised_already_merges_at_once_and_says_so() -> None:
     import numpy as np
 
     pagefold.enable()
-    one = np.random.default_rng(1).integers(0, 255, 100_000, np.uint8)
-    copy = one.tobytes()
-    wait_until(lambda: regions() == 1, "the agent to advise the array")
-    handle = pagefold.advise(one)
-    report = pagefold.merge(one)
-    assert handle.pages or any("enable()" in reason for reason in handle.why_not)
-    assert report.pages == report.merged + sum(report.why_not.values())
-    assert one.tobytes() == copy
+    one, two = random_array(1), random_array(1)
+    wait_until(lambda: regions() == 2, "the agent to advise the arrays")
+    reports = [pagefold.merge(one), pagefold.merge(two)]
+    assert not any(report.held for report in reports)
+    assert reports[1].merged == reports[1].pages == 25, str(reports[1])
+    assert reports[1].saved_bytes >= 24 * PAGE, str(reports[1])
+    again = pagefold.merge(two[5000:90_000])
+    assert again.merged == 0
+    assert again.why_not["merged already"] == 25, str(again)
+    with pagefold.advise(one) as handle:
+        assert handle.pages == 100_000 // PAGE
+        assert handle.report().merged == handle.pages, str(handle.report())
+        assert not any("enable()" in reason for reason in handle.why_not)
+        for refcheck in (True, False):
+            with pytest.raises(ValueError, match="resize"):
+                one.resize(200_000, refcheck=refcheck)
+    release_is_without_effect_on_others(one, handle)
+    for report in reports:
+        assert report.release() == 0
+    assert (one == two).all()
+    one.resize(200_000, refcheck=False)
+    assert not one[100_000:].any()
+    one.resize(100_000, refcheck=False)
+    assert np.array_equal(one, two)
+    handle = pagefold.advise(two)
+    del two
+    gc.collect()
+    assert handle.report().merged, "a handle keeps the array"
     pagefold.unadvise(handle)
+    assert regions() <= 1
     del one
     gc.collect()
-    wait_until(lambda: regions() == 0, "the array to be forgotten")
+    wait_until(lambda: regions() == 0, "the arrays to be forgotten")
+
+
+@pytest.mark.parametrize("call", ["merge", "advise"])
+@own_process
+def test_what_is_merged_while_young_is_advised_in_the_background_too(call: str) -> None:
+    pagefold.enable()
+    one, whole = random_array(1), 25
+    asked = getattr(pagefold, call)(one)
+    assert regions() == 1
+    assert pagefold.stats()["process"]["ksm_rmap_items"] == whole, "the region of the array, not one of the call"
+    asked.release()
+    assert pagefold.stats()["process"]["ksm_rmap_items"] == whole
+    view = pagefold.advise(random_array(2)[50_000:90_000])  # not where its memory begins
+    assert pagefold.stats()["process"]["ksm_rmap_items"] == 2 * whole
+    assert view.pages == 8
+    view.release()
+    del one
+    gc.collect()
+    wait_until(lambda: regions() == 0, "the arrays to be forgotten")
+
+
+@own_process
+def test_young_memory_that_cannot_be_swapped_is_refused() -> None:
+    import numpy as np
+
+    pagefold.enable()
+    one = np.ones(LARGE, np.uint8)
+    madvise = ctypes.CDLL(None).madvise
+    assert madvise(ctypes.c_void_p(one.ctypes.data), ctypes.c_size_t(LARGE), 10) == 0  # MADV_DONTFORK
+    report, handle = pagefold.merge(one), pagefold.advise(one)
+    assert report.why_not == handle.why_not == {"this memory is MADV_DONTFORK": LARGE // PAGE}
+    assert not handle.pages
+    assert not pagefold.stats()["process"]["regions"]
+
+
+@own_process
+def test_without_windows_merge_swaps_what_is_advised_already() -> None:
+    from pagefold.live import vmas
+
+    refuse_calls([323, 16], 0x00050001)  # userfaultfd, and ioctl for /dev/userfaultfd: EPERM
+    pagefold.enable()
+    one, two = random_array(1), random_array(1)
+    wait_until(lambda: regions() == 2, "the agent to advise the arrays")
+    assert not pagefold.stats()["process"]["windows_safe"]
+    pagefold.merge(one)
+    report = pagefold.merge(two)
+    assert report.merged == 25, str(report)
+    assert "nobody wrote" in report.note
+    pagefold.merge(one)
+    assert vmas.census([(one.ctypes.data, one.ctypes.data + 24 * PAGE)]).merged == 24
+    assert (one == two).all()
+    two[:] = 1
+    assert (one == random_array(1)).all()
 
 
 @own_process

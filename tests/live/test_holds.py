@@ -16,7 +16,8 @@ import pytest
 
 from pagefold.live import buffers, vmas
 from pagefold.live.buffers import PAGE
-from pagefold.live.holds import ADVISED_TWICE, Hold, Holds
+from pagefold.live.hold import Hold
+from pagefold.live.holds import ADVISED_TWICE, Holds
 from pagefold.live.turn import Turn
 
 
@@ -28,6 +29,7 @@ class Books:
         self.ended: list[tuple[int, str]] = []
         self.numbers = 0
         self.refusal = 0
+        self.unsuited: set[int] = set()
 
     def advise(self, start: int, size: int, quietly: int) -> int:
         if self.refusal:
@@ -39,6 +41,15 @@ class Books:
         self.numbers += 1
         self.regions[self.numbers] = (start, start + size, bool(quietly))
         return self.numbers
+
+    def suits(self, region: int) -> int:
+        return -errno.EOPNOTSUPP if region in self.unsuited else 0 if region in self.regions else -errno.ENOENT
+
+    def find(self, address: int) -> tuple[int, int, int]:
+        for number, (low, high, _) in self.regions.items():
+            if low <= address < high:
+                return number, low, high
+        return -errno.ENOENT, 0, 0
 
     def unadvise(self, region: int, *, quietly: bool) -> int:
         return self.end(region, "plainly" if quietly else "unadvised")
@@ -272,7 +283,45 @@ def test_what_somebody_else_advised_says_so(holds: Holds, books: Books) -> None:
     one = array()
     books.advise(min(pages_of(one)) * PAGE, PAGE, 0)
     hold = take(holds, one)
-    assert hold.why_not == {ADVISED_TWICE: len(pages_of(one))}
+    assert hold.why_not == {ADVISED_TWICE: len(pages_of(one))}, "only a part of it"
+
+
+def test_what_the_agent_advised_itself_is_named_and_not_ended(holds: Holds, books: Books) -> None:
+    one = array()
+    pages = pages_of(one)
+    number = books.advise(min(pages) * PAGE, len(pages) * PAGE, 0)
+    hold, quiet = take(holds, one), take(holds, one, quiet=True)
+    for taken in (hold, quiet):
+        assert [end - start for start, end in taken.spans] == [len(pages) * PAGE]
+        assert not taken.why_not
+        holds.look(taken)
+        assert taken.others[0].number == number
+    with pytest.raises(ValueError, match="resize"):
+        one.resize(2 * one.size, refcheck=False)
+    assert hold.keeps
+    assert not quiet.keeps
+    holds.release(hold)
+    holds.release(quiet)
+    assert list(books.regions) == [number]
+    one.resize(2 * one.size, refcheck=False)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_the_agent_refuses_when_it_looks_is_let_go(holds: Holds, books: Books, quiet: bool) -> None:
+    one, two = array(), array()
+    first, second = take(holds, one), take(holds, [one, two], quiet=quiet)
+    books.unsuited.add(next(number for number, (low, _, _) in books.regions.items() if low // PAGE in pages_of(one)))
+    holds.look(second)
+    for taken in (first, second):
+        assert sum(taken.why_not.values()) == len(pages_of(one)), "all who want it are told"
+    assert books.pages() == pages_of(two)
+    holds.look(first)
+    assert not first.spans
+    assert not first.keeps
+    holds.release(first)
+    holds.release(second)
+    assert not books.regions
+    assert weakref.getweakrefcount(one) == 0
 
 
 def test_memory_that_moves_is_let_go_first(holds: Holds, books: Books) -> None:

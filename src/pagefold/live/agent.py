@@ -113,6 +113,16 @@ class Library:
         """Begin a region and return its number."""
         return int(self.functions.pf_advise(start, size, int(quietly)))
 
+    def suits(self, region: int) -> int:
+        """Tell whether the mapping of a region that was advised unseen can be merged: 0, or an errno."""
+        return int(self.functions.pf_suits(region))
+
+    def find(self, address: int) -> tuple[int, int, int]:
+        """Return the region that holds an address, where it starts and where it ends; a negative number if there is none."""
+        start, size = ctypes.c_uint64(), ctypes.c_uint64()
+        number = int(self.functions.pf_find(address, ctypes.byref(start), ctypes.byref(size)))
+        return number, start.value, start.value + size.value
+
     def unadvise(self, region: int) -> int:
         """End a region, its pages private and anonymous; return how many could not be."""
         return int(self.functions.pf_unadvise(region))
@@ -153,6 +163,9 @@ def _declare(functions: Any) -> None:
         ("pf_stop", ctypes.c_int),
         ("pf_get_state", ctypes.c_int, ctypes.POINTER(State)),
         ("pf_advise", number, u64, u64, u32),
+        ("pf_advise_unseen", number, u64, u64, u32),
+        ("pf_suits", ctypes.c_int, number),
+        ("pf_find", number, u64, ctypes.POINTER(u64), ctypes.POINTER(u64)),
         ("pf_unadvise", number, number),
         ("pf_unadvise_plainly", number, number),
         ("pf_forget", ctypes.c_int, number),

@@ -22,7 +22,8 @@ from typing import Any
 from pagefold.errors import PagefoldError, UsageError
 from pagefold.live import agent, buffers, control, domain, loading, vmas
 from pagefold.live.findings import Handle, Report
-from pagefold.live.holds import Hold, Holds
+from pagefold.live.hold import Hold
+from pagefold.live.holds import Holds
 
 __all__ = ["Handle", "Report", "advise", "enable", "merge", "settled", "stats", "unadvise"]
 
@@ -53,15 +54,22 @@ def merge(thing: Any, timeout: float | None = 60.0) -> Report:
     hold = _client.holds.take(found.pieces, quiet=True)
     try:
         report = Report(hold, _client.release)
-        report.refuse(found.why_not)
+        _client.holds.look(hold)
+        edges = min(sum(other.edges for other in hold.others), found.why_not.get(buffers.EDGE, 0))
+        report.refuse(
+            {reason: pages - edges if reason == buffers.EDGE else pages for reason, pages in found.why_not.items()}
+        )
         report.refuse(hold.why_not)
         until = None if timeout is None else time.monotonic() + timeout
         state = _client.library.state()
-        for region in sorted(hold.regions, key=lambda region: region.start):
+        wanted = {region.number: (region.start, region.pages) for region in list(hold.regions)}
+        for other in hold.others:  # several may name one region: it is merged once
+            wanted.setdefault(other.number, (other.start, (other.end - other.start) // buffers.PAGE))
+        for number, (_, pages) in sorted(wanted.items(), key=lambda item: item[1]):
             left = agent.NO_TIMEOUT if until is None else int(max(until - time.monotonic(), 0) * 1000)
-            code, figures = _client.library.merge(region.number, left)
+            code, figures = _client.library.merge(number, left)
             if code < 0:
-                report.refuse({_WHY_FAILED.get(-code, f"the agent failed: {os.strerror(-code)}"): region.pages})
+                report.refuse({_WHY_FAILED.get(-code, f"the agent failed: {os.strerror(-code)}"): pages})
                 continue
             report.count(figures.by_status, state.why.decode(errors="replace"))
             report.zero_pages += figures.zero_pages
@@ -70,7 +78,7 @@ def merge(thing: Any, timeout: float | None = 60.0) -> Report:
     except BaseException:
         _client.release(hold)
         raise
-    if hold.regions and not state.windows_safe:
+    if wanted and not state.windows_safe:
         report.note = f"swapped without windows, which is safe only if nobody wrote meanwhile: {state.why.decode(errors='replace')}"
     return report
 
@@ -91,10 +99,7 @@ def advise(thing: Any) -> Handle:
         for region in hold.begun_anew:
             _client.library.merge(region.number)
     hold.begun_anew.clear()
-    why_not = dict(found.why_not)
-    for reason, pages in hold.why_not.items():
-        why_not[reason] = why_not.get(reason, 0) + pages
-    return Handle(hold, why_not, _client.note, _client.release)
+    return Handle(hold, found.why_not, _client.note, _client.release, _client.holds.look)
 
 
 def unadvise(handle: Handle | Report) -> int:
@@ -185,7 +190,7 @@ class _Client:
     def __init__(self) -> None:
         self.library = agent.library()
         self.agent = agent.Agent(self.library)
-        self.advise: Callable[[int, int, int], int] = self.library.functions.pf_advise
+        self.advise: Callable[[int, int, int], int] = self.library.functions.pf_advise_unseen
         self.holds = Holds(self)
         self.why = ""  # there is no daemon, if that is because its socket cannot be named
         self.waiting = False  # for NumPy
@@ -250,6 +255,14 @@ class _Client:
             code = end(region)
         # Without an agent the pages stay in a mapping of the store, private and correct.
         return self.library.forget(region) if code == -errno.ESRCH else code
+
+    def suits(self, region: int) -> int:
+        """Tell whether a region can be merged."""
+        return self.library.suits(region)
+
+    def find(self, address: int) -> tuple[int, int, int]:
+        """Return the region at an address."""
+        return self.library.find(address)
 
     def discard(self, region: int) -> int:
         """End a region whose content nobody wants."""

@@ -9,7 +9,7 @@ from typing import Any
 from pagefold.errors import UsageError
 from pagefold.live import vmas
 from pagefold.live.buffers import PAGE
-from pagefold.live.holds import Hold
+from pagefold.live.hold import Hold
 
 # By the agent's status (agent.h): why a page was not merged.
 WHY_NOT = (
@@ -101,16 +101,23 @@ class Report:
 class Handle:
     """Hold advised memory until it is given to `pagefold.unadvise`, or the `with` block it was opened for ends.
 
-    The memory is kept and cannot resize meanwhile. `why_not` counts pages that could not be advised, by reason.
+    The memory is kept and cannot resize meanwhile.
     """
 
     def __init__(
-        self, hold: Hold, why_not: dict[str, int], note: Callable[[], str], release: Callable[[Hold], int]
+        self,
+        hold: Hold,
+        why_not: dict[str, int],
+        note: Callable[[], str],
+        release: Callable[[Hold], int],
+        look: Callable[[Hold], None] = lambda hold: None,
     ) -> None:
-        self.why_not = why_not
+        self._why_not = why_not
+        self._refused = hold.why_not  # grows when the pages are looked at
         self._note = note
         self._hold: Hold | None = hold
         self._release = release
+        self._look = look
 
     @property
     def note(self) -> str:
@@ -118,18 +125,33 @@ class Handle:
         return self._note()
 
     @property
+    def why_not(self) -> dict[str, int]:
+        """Return how many pages could not be advised, by reason."""
+        self._looked()
+        return {
+            reason: self._why_not.get(reason, 0) + self._refused.get(reason, 0)
+            for reason in {**self._why_not, **self._refused}
+        }
+
+    def _looked(self) -> Hold | None:
+        # Only now: the agent looks at all that was advised since it last looked, in one go.
+        if self._hold:
+            self._look(self._hold)
+        return self._hold
+
+    @property
     def pages(self) -> int:
         """Return how many whole pages are advised now; 0 once it is released."""
-        hold = self._hold
-        return sum((end - start) // PAGE for start, end in spans(hold)) if hold else 0
+        hold = self._looked()
+        return sum((end - start) // PAGE for start, end in hold.spans) if hold else 0
 
     def report(self) -> Report:
         """Say how the pages stand at this moment. Pages that were merged as zeros count as not there: they have no memory."""
         report = Report(None)
         report.note = self.note
-        hold = self._hold
+        hold = self._looked()
         if hold:
-            merged, written, private, absent = vmas.census(spans(hold))
+            merged, written, private, absent = vmas.census(hold.spans)
             report.pages = report.merged = merged
             left = {
                 WHY_NOT[8]: written,
@@ -160,15 +182,11 @@ class Handle:
         """Say what it holds."""
         if self._hold is None:
             return "<pagefold.Handle: released>"
-        why_not = f", why_not={self.why_not}" if self.why_not else ""
+        refused = self.why_not
+        why_not = f", why_not={refused}" if refused else ""
         note = f"; {self.note}" if self.note else ""
         return f"<pagefold.Handle: {self.pages} pages advised{why_not}{note}>"
 
     def __reduce__(self) -> Any:
         """Refuse to be pickled: what it holds is memory of this process."""
         raise UsageError("a Handle is of this process and cannot be sent to another; advise the memory there")
-
-
-def spans(hold: Hold) -> list[tuple[int, int]]:
-    """Return the pages a hold wants and has, ascending."""
-    return sorted(span for region in list(hold.regions) for span in region.holds.get(hold, ()))

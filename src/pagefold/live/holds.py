@@ -1,7 +1,8 @@
 """Own which memory of this process the agent may touch, who wants that, and until when.
 
 A *hold* is what one call of `merge` or `advise` took: it names pages. A *region* is what the agent knows: memory that does not overlap
-another region's, with all the holds that want pages of it. Why no region outlives its memory, whatever threads and the collector do:
+another region's, with all the holds that want pages of it. Whether it can be merged the agent finds out when it must, for many at once:
+`look`. Why no region outlives its memory, whatever threads and the collector do:
 
 1. A hold of `advise`, and any hold of memory that no NumPy array owns, references the owner: the memory stays.
 2. A hold of `merge` on a NumPy array's own memory only watches the array: a weak reference. NumPy clears it, and so calls `_gone`,
@@ -9,7 +10,8 @@ another region's, with all the holds that want pages of it. Why no region outliv
 3. Everything else that ends a region does so in turn, with strong references to all owners that the region watches; if one cannot
    be had, the array is on its way to `_gone`, and its region is left to that. So a region is ended by one thread, once.
 4. `merge` asks the agent about a region out of turn, but with strong references too; if the region is ended meanwhile, the agent says so.
-5. `_gone` marks its regions dead before the memory is freed, and so before it can be allocated again: a dead region in the place of a
+5. Regions of arrays that enable() serves are the agent's own: it ends them when the memory is freed. Holds only name them (`others`).
+6. `_gone` marks its regions dead before the memory is freed, and so before it can be allocated again: a dead region in the place of a
    new one is of the past.
 
 Must not know: kinds of buffers, reports.
@@ -21,87 +23,18 @@ import _thread
 import bisect
 import errno
 import os
-import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
 from pagefold.live import vmas
 from pagefold.live.buffers import PAGE, Piece
+from pagefold.live.hold import Agent, Hold, Other, Region, Watch
 from pagefold.live.turn import Turn
 
 ADVISED_TWICE = "advised by the memory handler of enable() already"
 _TRIES = 3
 ENDING = "the interpreter is about to end"
 NO_MEMORY = "no memory for one more region, or the limit on mappings is reached (vm.max_map_count)"
-
-
-class Agent(Protocol):
-    """What is asked of the agent. Negative answers are errno."""
-
-    advise: Callable[
-        [int, int, int], int
-    ]  # begin a region (start, size, quietly) and return its number; best no Python code
-
-    def unadvise(self, region: int, *, quietly: bool) -> int:
-        """End a region, its pages private and anonymous; return how many could not be. `quietly`: nobody writes to it meanwhile."""
-
-    def discard(self, region: int) -> int:
-        """End a region whose content nobody wants: its merged pages become fresh memory."""
-
-
-class Region:
-    """Pages that the agent knows as one region."""
-
-    __slots__ = ("dead", "end", "holds", "number", "quiet", "start", "watches")
-
-    def __init__(self, start: int, end: int, number: int, *, quiet: bool) -> None:
-        self.start = start
-        self.end = end
-        self.number = number
-        self.quiet = quiet  # nothing in the background: only holds of merge want it
-        self.dead = False  # the agent knows it no more
-        self.holds: dict[Hold, list[tuple[int, int]]] = {}  # and which pages of it each wants
-        self.watches: set[_Watch] = set()
-
-    @property
-    def pages(self) -> int:
-        """Return how many pages it has."""
-        return (self.end - self.start) // PAGE
-
-
-class Hold:
-    """What one call took. `regions` may be more than its own pages, where another hold was there before."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet
-        self.regions: set[Region] = set()
-        self.keeps: list[object] = []  # strong references and exports
-        self.begun_anew: list[Region] = []  # for its sake: merged pages were private again for a moment
-        self.why_not: dict[str, int] = {}
-
-    def refuse(self, reason: str, pages: int) -> None:
-        """Count pages that it could not get."""
-        self.why_not[reason] = self.why_not.get(reason, 0) + pages
-
-
-class _Watch(weakref.ref[Any]):
-    """A weak reference to the array that owns the memory of regions."""
-
-    __slots__ = ("dies", "key", "regions")
-
-    def __init__(self, array: Any, gone: Callable[[_Watch], None], *, dies: bool) -> None:
-        self.key = id(array)
-        self.dies = dies
-        self.regions: set[Region] = set()
-
-    def __new__(cls, array: Any, gone: Callable[[_Watch], None], *, dies: bool) -> _Watch:
-        """As weakref.ref does it, which knows no further arguments."""
-        return super().__new__(cls, array, gone)
-
-    __hash__ = object.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
 
 class Holds:
@@ -113,7 +46,7 @@ class Holds:
         self._agent = agent
         self._starts: list[int] = []  # of the regions, ascending
         self._regions: dict[int, Region] = {}  # by start
-        self._watches: dict[int, _Watch] = {}  # by id of the array
+        self._watches: dict[int, Watch] = {}  # by id of the array
 
     def take(self, pieces: list[Piece], *, quiet: bool) -> Hold:
         """Hold pieces. The caller references their owners until this returns."""
@@ -133,6 +66,14 @@ class Holds:
         hold.keeps = []
         return int(stayed or 0)
 
+    def look(self, hold: Hold) -> None:
+        """Have the agent look at what this hold wants; what cannot be merged is let go, and counted in `why_not`."""
+        regions = list(hold.regions)
+        if self.closed or not (hold.others or (hold.keeps and not regions) or any(not one.seen for one in regions)):
+            return
+        alive: list[Any] = []  # as in release
+        self.turn.run(lambda: self._look(hold, alive))
+
     def let_go(self, address: int, size: int) -> None:
         """End everything in this memory, which stays until this returns; its owner moves or frees it next."""
         if not self.closed:
@@ -150,7 +91,7 @@ class Holds:
                 hold.refuse(ENDING, (piece.end - piece.start) // PAGE)
                 continue
             watch = self._watch(piece)
-            had = len(hold.regions)
+            had = len(hold.regions), len(hold.others)
             if not hold.quiet:
                 for region in self._between(piece.start, piece.end):
                     if region.quiet and self._reference(region, alive):
@@ -162,10 +103,33 @@ class Holds:
                 self._join(region, hold, [(max(at, region.start), min(piece.end, region.end))], watch)
                 at = region.end
             self._fill(at, piece.end, hold, watch)
-            if len(hold.regions) > had and (watch is None or not hold.quiet):
-                hold.keeps.append(piece.owner.keep)
+            if (len(hold.regions), len(hold.others)) != had and (watch is None or not hold.quiet):
+                hold.keeps += [
+                    piece.owner.keep,
+                    watch,
+                ]  # NumPy refuses to resize an array while there is a weak reference to it
             if watch is not None:
                 self._drop_unused(watch)
+
+    def _look(self, hold: Hold, alive: list[Any]) -> None:
+        for region in [one for one in hold.regions if not one.seen]:
+            if region.dead or not self._reference(region, alive):
+                continue
+            code = self._agent.suits(region.number)
+            region.seen = code >= 0
+            if code < 0 and code != -errno.ESRCH:  # in a forked child that called nothing yet: later
+                reason = _why_refused(-code, region.start, region.end)
+                for one, wanted in region.holds.items():
+                    one.refuse(reason, sum(end - start for start, end in wanted) // PAGE)
+                self._drop(region)
+        for other in hold.others[:]:
+            code = self._agent.suits(other.number)
+            if code < 0 and code not in (-errno.ESRCH, -errno.ENOENT):
+                hold.refuse(_why_refused(-code, other.start, other.end), (other.end - other.start) // PAGE)
+                hold.others.remove(other)
+        if not hold.regions and not hold.others:
+            alive += hold.keeps
+            hold.keeps = []
 
     def _release(self, hold: Hold, alive: list[Any]) -> int:
         stayed = 0
@@ -180,9 +144,10 @@ class Holds:
             elif not hold.quiet and _union(loud) != [(region.start, region.end)]:
                 stayed += self._remake(region, _union(loud), quiet=False)
         hold.regions.clear()
+        hold.others.clear()
         return stayed
 
-    def _fill(self, start: int, end: int, hold: Hold, watch: _Watch | None) -> None:
+    def _fill(self, start: int, end: int, hold: Hold, watch: Watch | None) -> None:
         """Make regions of memory that has none, as far as it can be merged."""
         for low, high, reason in list(vmas.split([(start, end)] if start < end else [])):
             if reason:
@@ -211,18 +176,24 @@ class Holds:
                 region.number = numbers[0]
                 self._drop(region)
             raise
+        if -region.number == errno.EEXIST:
+            other, low, high = self._agent.find(start)
+            if other > 0 and low <= start and end <= high:
+                for hold in holds:
+                    hold.others.append(Other(other, start, end, (low < start) + (end < high)))
+                return None
         reason = _why_refused(-region.number, start, end)
         for hold in holds:
             hold.refuse(reason, region.pages)
         return None
 
-    def _join(self, region: Region, hold: Hold, spans: list[tuple[int, int]], watch: _Watch | None) -> None:
+    def _join(self, region: Region, hold: Hold, spans: list[tuple[int, int]], watch: Watch | None) -> None:
         region.holds.setdefault(hold, []).extend(spans)
         hold.regions.add(region)
         if watch is not None:
             self._attach(region, watch)
 
-    def _attach(self, region: Region, watch: _Watch) -> None:
+    def _attach(self, region: Region, watch: Watch) -> None:
         region.watches.add(watch)
         watch.regions.add(region)
         self._watches[watch.key] = watch
@@ -277,16 +248,16 @@ class Holds:
 
     # --- owners ---------------------------------------------------------------------------------------------------------------
 
-    def _watch(self, piece: Piece) -> _Watch | None:
+    def _watch(self, piece: Piece) -> Watch | None:
         array = piece.owner.array
         if array is None:
             return None
         watch = self._watches.get(id(array))
         if watch is None or watch() is not array:
-            watch = self._watches[id(array)] = _Watch(array, self._gone, dies=piece.owner.dies)
+            watch = self._watches[id(array)] = Watch(array, self._gone, dies=piece.owner.dies)
         return watch
 
-    def _drop_unused(self, watch: _Watch) -> None:
+    def _drop_unused(self, watch: Watch) -> None:
         # NumPy refuses to resize an array while there is a weak reference to it.
         if not watch.regions and self._watches.get(watch.key) is watch:
             del self._watches[watch.key]
@@ -297,7 +268,7 @@ class Holds:
         alive += owners
         return all(owner is not None for owner in owners)
 
-    def _gone(self, watch: _Watch) -> None:
+    def _gone(self, watch: Watch) -> None:
         """End the regions of an array that goes: called by its weak reference, in any thread, in the middle of anything."""
         interrupted = False
         for region in () if self.closed else [*watch.regions]:
@@ -316,7 +287,7 @@ class Holds:
         if interrupted:  # from here it would be lost
             _thread.start_new_thread(_thread.interrupt_main, ())
 
-    def _sweep(self, watch: _Watch) -> None:
+    def _sweep(self, watch: Watch) -> None:
         for region in list(watch.regions):
             self._remove(region)
         watch.regions.clear()
