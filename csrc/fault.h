@@ -1,7 +1,8 @@
 /* Own the fault points: places where a test build (-DPF_FAULTS) can end or stop the process. A normal build has none.
  *
  * PAGEFOLD_FAULT="window:3" kills the process with SIGKILL at the first pass of point 3 of the windows, "window:3:7" at
- * the seventh; "stop-window:3" sends SIGSTOP instead. A new kind is a new name in PF_FAULT_KINDS and a constant.
+ * the seventh; "stop-window:3" sends SIGSTOP instead; a test that has loaded the library may have a function of its own called
+ * there instead (`call`). A new kind is a new name in PF_FAULT_KINDS and a constant.
  *
  * window   1 before the run is registered  2 registered  3 moved to scratch  4 barrier passed  5 compared  6 a stretch mapped
  *          to its slots  7 the others moved back  8 no registration left  9 all woken
@@ -36,6 +37,7 @@ struct pf_fault_plan {
     int read; /* 1: the environment was read */
     int kind, point, signal;
     long passes; /* left before it happens */
+    void (*call)(void); /* not NULL: instead of the signal; set by a test in the same process */
 };
 /* One for all files that include this. */
 __attribute__((weak)) struct pf_fault_plan pf_fault_plan;
@@ -68,7 +70,11 @@ static void __attribute__((constructor)) pf_fault_read(void) {
 static inline void pf_fault(int kind, int point) {
     if (kind != pf_fault_plan.kind || point != pf_fault_plan.point)
         return;
-    if (__atomic_sub_fetch(&pf_fault_plan.passes, 1, __ATOMIC_SEQ_CST) == 0)
+    if (__atomic_sub_fetch(&pf_fault_plan.passes, 1, __ATOMIC_SEQ_CST))
+        return;
+    if (pf_fault_plan.call)
+        pf_fault_plan.call();
+    else
         syscall(__NR_kill, getpid(), pf_fault_plan.signal);
 }
 #define PF_FAULT(kind, point) pf_fault(kind, point)

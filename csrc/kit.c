@@ -229,11 +229,12 @@ static uint32_t first_present(uint64_t start, uint32_t pages, uint32_t *from) {
 }
 
 bool pf_kit_put_back(int uffd, uint64_t run, uint64_t scratch, uint32_t pages) {
-    enum { PATIENCE = 64, COPY_AFTER = 256, GONE = 256 };
-    for (uint32_t failures = 0, gone = 0, most = pages; gone < GONE;) {
+    enum { PATIENCE = 64, COPY_AFTER = 256, GONE = 256, GONE_TOO = 4 };
+    bool all = true;
+    for (uint32_t failures = 0, gone = 0, most = pages;;) {
         uint32_t from = 0, length = first_present(scratch, pages, &from);
         if (!length)
-            return true;
+            return all;
         if (length != UINT32_MAX) {
             const uint64_t to = run + (uint64_t)from * PF_PAGE, at = scratch + (uint64_t)from * PF_PAGE;
             length = length < most ? length : most;
@@ -248,10 +249,15 @@ bool pf_kit_put_back(int uffd, uint64_t run, uint64_t scratch, uint32_t pages) {
             /* The page is ours alone, so a copy is as good; COPY does not refuse what MOVE may (a lock on the mapping). */
             if (failures > COPY_AFTER) {
                 error = pf_uffd_copy(uffd, to, (const void *)(uintptr_t)at, PF_PAGE);
-                if (!error)
-                    madvise((void *)(uintptr_t)at, PF_PAGE, MADV_DONTNEED);
-                /* Nobody but us fills a missing page: it is not our mapping any more. No memory is no reason to give up. */
+                /* Nobody but us fills a missing page: it is not our mapping any more, and what is there now, if anything,
+                 * has bytes of its own. The other pages still go back. No memory is no reason to give up. */
                 gone += error && error != -ENOMEM && error != -EAGAIN;
+                if (!error || gone >= (all ? GONE : GONE_TOO)) {
+                    munlock((void *)(uintptr_t)at, PF_PAGE); /* mlockall, meanwhile */
+                    madvise((void *)(uintptr_t)at, PF_PAGE, MADV_DONTNEED);
+                    all = all && !error;
+                    gone = 0;
+                }
             }
         }
         if (++failures > PATIENCE) {
@@ -259,8 +265,6 @@ bool pf_kit_put_back(int uffd, uint64_t run, uint64_t scratch, uint32_t pages) {
             nanosleep(&pause, NULL);
         }
     }
-    madvise((void *)(uintptr_t)scratch, (size_t)pages * PF_PAGE, MADV_DONTNEED);
-    return false;
 }
 
 bool pf_kit_drop(void) {

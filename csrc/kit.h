@@ -35,7 +35,8 @@ bool pf_kit_drop(void);
  * /proc/PID/mem write that way): any write section of mmap_lock does. 0.4 us. */
 void pf_kit_barrier(void);
 /* Put every page that is in [scratch, +pages) back to [run, +pages), which is registered MISSING with uffd: ends with
- * scratch empty. False: the run was unmapped or replaced by its owner (who promised not to); then nobody wants the pages. */
+ * scratch empty. False: some of the run was unmapped or replaced by its owner (who promised not to), page by page tried; then
+ * nobody wants these pages, and only these are dropped. */
 bool pf_kit_put_back(int uffd, uint64_t run, uint64_t scratch, uint32_t pages);
 /* End the registration of a run with `uffd`, which also wakes all who wait in it, and track its writes again if asked. */
 void pf_kit_release(int uffd, uint64_t run, uint32_t pages, bool track);

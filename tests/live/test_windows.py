@@ -146,6 +146,45 @@ def test_equal_pages_become_the_slots(advised: Advised) -> None:
     assert 3 not in advised.files()
 
 
+def _replace(start: int, length: int) -> None:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED
+    assert libc.mmap(start, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == start
+    ctypes.memset(start, 7, length)
+
+
+BROKEN_PROMISES: dict[str, tuple[Callable[[int, int], object], bytes | None]] = {
+    "unmapped": (libc.munmap, None),
+    "replaced": (_replace, b"\7" * PAGE),
+    "protected": (lambda start, length: libc.mprotect(start, length, mmap.PROT_READ), b""),
+    "locked": (
+        lambda start, length: libc.syscall(325, ctypes.c_void_p(start), ctypes.c_size_t(length), 1),
+        b"",
+    ),  # mlock2
+    "discarded": (lambda start, length: libc.madvise(start, length, mmap.MADV_DONTNEED), b""),
+}
+
+
+@pytest.mark.parametrize("promise", BROKEN_PROMISES)
+def test_an_owner_that_breaks_his_promise_in_a_window_loses_no_other_page(windows: Windows, promise: str) -> None:
+    """What `act` did to pages 3 and 4 while all were in scratch: all others go back, and these too if they still may."""
+    act, after = BROKEN_PROMISES[promise]
+    advised = Advised(windows)
+    for page in range(RUNS):
+        advised.write(page, b"other")
+    called = []
+    plan = windows.at_fault(0, 4, lambda: called.append(act(advised.memory.at(3), 2 * PAGE)))
+    statuses = advised.swap(0, 16)
+    plan.kind = -1
+    assert len(called) == 1
+    for page in (page for page in range(RUNS) if page not in (3, 4) or after == b""):
+        assert advised.memory[page] == advised.expected[page], (page, statuses)
+    if after:
+        assert advised.memory[3] == advised.memory[4] == after, "what is not ours was left alone"
+    assert statuses[0] == statuses[15] == (Status.DIFFERS if after == b"" else Status.UNMANAGED)
+    assert windows.region_remove(advised.region) == 0
+    advised.memory.free()
+
+
 def test_runs_that_meet_share_a_mapping(advised: Advised) -> None:
     for first in range(0, RUNS, 4):
         assert advised.swap(first, 4) == [Status.MERGED] * 4

@@ -91,6 +91,17 @@ class Counts(ctypes.Structure):
     )
 
 
+class FaultPlan(ctypes.Structure):
+    """Lay out struct pf_fault_plan."""
+
+    CALL = ctypes.CFUNCTYPE(None)
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("read", "kind", "point", "signal")),
+        ("passes", ctypes.c_long),
+        ("call", CALL),
+    )
+
+
 def _compile(output: Path, *more: str) -> Path:
     sources = [str(CSRC / f"{name}.c") for name in SOURCES]
     command = [
@@ -159,6 +170,12 @@ class Windows:
         """Open the kit: its answer, and why."""
         why = ctypes.create_string_buffer(160)
         return self.calls.pf_kit_open(device, why), why.value.decode()
+
+    def at_fault(self, kind: int, point: int, call: Callable[[], object]) -> FaultPlan:
+        """Have a function called at a fault point, in the middle of whatever happens there. Keep the answer until it is over."""
+        plan = FaultPlan.in_dll(self.calls, "pf_fault_plan")
+        plan.kind, plan.point, plan.passes, plan.call = kind, point, 1, FaultPlan.CALL(lambda: call() and None)
+        return plan
 
     def suitable(self, start: int, pages: int) -> tuple[int, str]:
         """Ask whether a mapping can be merged: the answer, and why not."""
