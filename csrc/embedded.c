@@ -309,12 +309,20 @@ static void do_strip(struct merge *merge) {
     swap_twins(merge);
 }
 
+/* Mappings are counted a few times a second at most: many regions are merged one after the other, and half of what is allowed
+ * is left to the program anyway. */
+static uint64_t budget, budget_until;
+
 int pf_embedded_merge(int64_t region, struct pf_report *report) {
     static struct merge merge;
     merge = (struct merge){.region = region, .report = report};
     if (!pf_region_get(region, &merge.about) || merge.about.closing)
         return -ENOENT;
-    merge.windows_left = pf_strip_budget();
+    if (pf_now_ms() >= budget_until) {
+        budget = pf_strip_budget();
+        budget_until = pf_now_ms() + 200;
+    }
+    merge.windows_left = budget;
     while (merge.first < merge.about.pages) {
         uint64_t left = merge.about.pages - merge.first;
         merge.count = left < PF_STRIP ? (uint32_t)left : PF_STRIP;
@@ -329,6 +337,7 @@ int pf_embedded_merge(int64_t region, struct pf_report *report) {
         report->pages += merge.count;
         merge.first += merge.count;
     }
+    budget = merge.windows_left;
     pf_window_drop();
     pf_chunks_drop();
     if ((int64_t)report->saved_bytes < 0)
