@@ -556,7 +556,7 @@ def test_locked_memory_is_explained() -> None:
     plain = mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     place = at(plain)
     assert libc.mlock(ctypes.c_void_p(place), ctypes.c_size_t(4 * PAGE)) == 0
-    assert vmas.explain(place, place + PAGE) == "this memory is locked (mlock)"
+    assert vmas.Marks().explain(place, place + PAGE) == "this memory is locked (mlock)"
     assert libc.munlock(ctypes.c_void_p(place), ctypes.c_size_t(4 * PAGE)) == 0
 
 

@@ -22,8 +22,9 @@ from __future__ import annotations
 import _thread
 import bisect
 import errno
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pagefold.live import vmas
@@ -112,20 +113,21 @@ class Holds:
                 self._drop_unused(watch)
 
     def _look(self, hold: Hold, alive: list[Any]) -> None:
+        marks = functools.cache(vmas.Marks)  # read if it must be, and then once
         for region in [one for one in hold.regions if not one.seen]:
             if region.dead or not self._reference(region, alive):
                 continue
             code = self._agent.suits(region.number)
             region.seen = code >= 0
             if code < 0 and code != -errno.ESRCH:  # in a forked child that called nothing yet: later
-                reason = _why_refused(-code, region.start, region.end)
+                reason = _why_refused(-code, region.start, region.end, marks)
                 for one, wanted in region.holds.items():
                     one.refuse(reason, sum(end - start for start, end in wanted) // PAGE)
                 self._drop(region)
         for other in hold.others[:]:
             code = self._agent.suits(other.number)
             if code < 0 and code not in (-errno.ESRCH, -errno.ENOENT):
-                hold.refuse(_why_refused(-code, other.start, other.end), (other.end - other.start) // PAGE)
+                hold.refuse(_why_refused(-code, other.start, other.end, marks), (other.end - other.start) // PAGE)
                 hold.others.remove(other)
         if not hold.regions and not hold.others:
             alive += hold.keeps
@@ -182,7 +184,7 @@ class Holds:
                 for hold in holds:
                     hold.others.append(Other(other, start, end, (low < start) + (end < high)))
                 return None
-        reason = _why_refused(-region.number, start, end)
+        reason = _why_refused(-region.number, start, end, vmas.Marks)
         for hold in holds:
             hold.refuse(reason, region.pages)
         return None
@@ -305,11 +307,11 @@ def _union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _why_refused(code: int, start: int, end: int) -> str:
+def _why_refused(code: int, start: int, end: int, marks: Callable[[], vmas.Marks]) -> str:
     if code == errno.EEXIST:
         return ADVISED_TWICE
     if code == errno.ENOMEM:
         return NO_MEMORY
     if code == errno.EOPNOTSUPP:
-        return vmas.explain(start, end)
+        return marks().explain(start, end)
     return f"the agent refused it ({os.strerror(code)})"

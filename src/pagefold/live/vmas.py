@@ -196,19 +196,26 @@ def _anonymous_pages(pagemap: int, start: int, pages: int) -> int:
     return count
 
 
-def explain(start: int, end: int) -> str:
-    """Return what smaps says against merging [start, end), for a range that was refused though its mapping looked well."""
-    inside = False
-    for line in _read_file("/proc/self/smaps").splitlines():
-        first = line.split(maxsplit=1)[0]
-        if not first.endswith(":"):
-            low, _, high = first.partition("-")
-            inside = int(low, 16) < end and start < int(high, 16)
-        elif inside and first == "VmFlags:":
-            found = [_MANY[flag] for flag in line.split()[1:] if flag in _MANY]
-            if found:
-                return f"this memory is {found[0]}"
-    return "its mapping is of a kind that cannot be swapped (a memory policy or a protection key, for instance)"
+class Marks:
+    """What smaps says against merging mappings that look well in maps, as it is now: read once, however many are asked for."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[int, int, str]] = []  # ascending
+        low = high = 0
+        for line in _read_file("/proc/self/smaps").splitlines():
+            first = line.split(maxsplit=1)[0]
+            if not first.endswith(":"):
+                low, high = (int(part, 16) for part in first.split("-"))
+            elif first == "VmFlags:":
+                flags = [_MANY[flag] for flag in line.split()[1:] if flag in _MANY]
+                self._found += [(low, high, flags[0])] if flags else []
+
+    def explain(self, start: int, end: int) -> str:
+        """Return why [start, end) was refused."""
+        place = bisect.bisect_right(self._found, start, key=lambda one: one[1])
+        if self._found[place : place + 1] and self._found[place][0] < end:
+            return f"this memory is {self._found[place][2]}"
+        return "its mapping is of a kind that cannot be swapped (a memory policy or a protection key, for instance)"
 
 
 def _read_file(path: str) -> str:
