@@ -9,6 +9,7 @@ It goes on with its memory when its daemon dies, and finds the next one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -19,7 +20,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -313,14 +314,26 @@ class Worker:
     def __init__(self, path: str) -> None:
         self.client = Client(path)
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Go on if the daemon is dead by now: the next one hears everything from the start."""
+        try:
+            yield
+        except OSError:
+            self.client.closed = True
+
     def advise(self, seed: int, count: int, zeros: Sequence[int] = ()) -> int:
         contents = random_pages(seed, count)
         contents[list(zeros)] = 0
-        self.client.advise(contents)
+        with self.alone():
+            self.client.advise(contents)
         return max(self.client.buffers)
 
     def unadvise(self, number: int) -> bool:
-        return self.client.unadvise(number).right()
+        buffer = self.client.buffers[number]
+        with self.alone():
+            self.client.unadvise(number)
+        return buffer.right()
 
     def write(self, number: int, index: int, byte: int) -> bool:
         self.client.buffers[number].write(index, byte)

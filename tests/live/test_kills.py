@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 from tests.live.conftest import Start
 from tests.live.processes import DaemonProcess, WorkerProcess, eventually
+from tests.live.store_files import anywhere, held_by
 
 from pagefold.errors import PagefoldError
 from pagefold.live.messages import PAGE
-
-pytestmark = pytest.mark.nightly
 
 Workers = Callable[[Path], WorkerProcess]
 
@@ -87,18 +86,6 @@ class Party:
         everywhere = 88 - len(self.workers)  # and each page of one's own is equal in the others
         sharing = everywhere * (len(self.workers) - 1) + len(self.workers) * (len(self.workers) - 2)
         return len(stat["clients"]) == len(self.workers) and stat["counters"]["pages_sharing"] == sharing
-
-
-def memfds() -> set[str]:
-    """Return the store's files that any process of ours has open or mapped."""
-    found = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            text = maps.read_text()
-        except OSError:
-            continue
-        found |= {line.split()[4] for line in text.splitlines() if "/memfd:pagefold-" in line}
-    return found
 
 
 @pytest.mark.parametrize(
@@ -189,21 +176,19 @@ def test_killed_while_a_client_leaves(daemons: Start, workers: Workers) -> None:
 
 def test_clients_and_daemon_killed_together(daemons: Start, workers: Workers) -> None:
     """Nothing is left: no socket that answers, no file of the store."""
-    before = memfds()
     daemon = daemons()
     party = Party(workers, daemon.path, 4)
     eventually(lambda: party.merged(daemon))
-    used = memfds() - before
+    used = held_by(daemon.pid)
     assert used
     daemon.kill()
     for worker in party.workers[:2]:
         worker.kill()
     assert all(worker.right() for worker in party.workers[2:])
-    assert memfds() - before <= used
-    assert memfds() - before, "who lives maps it still"
+    assert held_by(*(worker.pid for worker in party.workers[2:])) == used, "who lives maps it still"
     for worker in party.workers[2:]:
         worker.kill()
-    assert memfds() <= before
+    assert not anywhere(used)
     again = daemons()
     assert again.stat()["clients"] == []
     again.stop()
@@ -211,7 +196,6 @@ def test_clients_and_daemon_killed_together(daemons: Start, workers: Workers) ->
 
 
 def test_extents_of_dead_daemons_are_gone_when_everybody_has_moved(daemons: Start, workers: Workers) -> None:
-    before = memfds()
     daemon = daemons()
     party = Party(workers, daemon.path)
     eventually(lambda: party.merged(daemon))
@@ -221,7 +205,7 @@ def test_extents_of_dead_daemons_are_gone_when_everybody_has_moved(daemons: Star
         eventually(lambda: party.merged(daemon))  # noqa: B023
     for worker in party.workers:
         worker.drop()
-    eventually(lambda: len(memfds() - before) <= 1 + 3)
+    eventually(lambda: len(held_by(daemon.pid, *(worker.pid for worker in party.workers))) <= 1 + 3)
     daemon.set(run=2)
     eventually(lambda: daemon.stat()["store_bytes"] == 0)
     assert party.right()
