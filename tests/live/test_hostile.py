@@ -32,8 +32,6 @@ from tests.live.test_daemon import join_many, merged, refusing, store_bytes
 from pagefold.live import control, messages
 from pagefold.live.messages import PAGE
 
-pytestmark = pytest.mark.nightly
-
 HERE = Path(__file__).parent
 ROOT = os.geteuid() == 0
 MIB = 1 << 20
@@ -641,7 +639,7 @@ def test_a_process_that_ended_and_left_its_connection_to_another(
         other.stdout.close()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(1, 20))])
 def test_everything_at_once(daemons: Start, crowd: Crowd, seed: int) -> None:
     """Clients that join, lie, write, refuse, keep silent and die, in any order, and honest ones among them."""
     daemon = daemons(patch={"pagefold.live.peer._PATIENCE": 0.2}, knobs={"pages_to_scan": 500})
