@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.live.own_process import BOUND, ROOT, own_process, python
 from tests.live.processes import DaemonProcess
 from tests.live.test_client import (
+    PAGE,
     PAGES,
     accounted,
     content,
@@ -56,6 +58,19 @@ def test_what_is_advised_merges_and_is_private_again(daemon: DaemonProcess) -> N
     assert merging_pages() == regions() == 0
     assert same(one, 40)
     assert same(two, 40)
+
+
+@own_process
+def test_settled_counts_what_was_just_written(daemon: DaemonProcess) -> None:
+    need_windows()
+    for seed in range(50, 60, 2):
+        one, two = numbers(seed), numbers(seed + 1)
+        with pagefold.advise([one, two]) as handle:
+            assert pagefold.settled(BOUND)
+            assert handle.report().merged < PAGES
+            first = -two.ctypes.data % PAGE
+            two[first : first + PAGES * PAGE] = np.frombuffer(content(seed), np.uint8)
+            wait_merged(handle, 2 * PAGES)
 
 
 @own_process

@@ -638,6 +638,7 @@ def test_a_killed_process_is_forgotten_and_its_memory_freed(daemon: DaemonProces
     three_.kill()
     eventually(lambda: store_bytes(daemon) == 0)
     assert daemon.stat()["clients"] == []
+    eventually(lambda: not any(daemon.counters()[name] for name in ("pages_shared", "pages_sharing", "pages_unshared")))
     eventually(lambda: daemon.descriptors().count("socket") == 3)  # its own socket, and two to wake it
 
 

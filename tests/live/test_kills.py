@@ -139,7 +139,7 @@ def test_killed_while_extents_are_emptied_and_freed(daemons: Start, workers: Wor
     calls = [
         ("pagefold.live.slots.Slots.relocate", 1, False),
         ("pagefold.live.slots.Slots.relocate", 1, True),
-        ("pagefold.live.merging.Merging._empty", 1, True),
+        ("pagefold.live.tidying.Tidying._empty", 1, True),
         ("pagefold.live.store.Store._free", 1, False),
         ("pagefold.live.store.Store._free", 1, True),
     ]

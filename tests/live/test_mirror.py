@@ -394,6 +394,26 @@ def test_a_slot_dies_with_its_frame(shelf: Shelf) -> None:
     assert shelf.slots.sweep() == 0
 
 
+def test_a_frame_that_comes_back_as_another_page_has_no_slot_yet(shelf: Shelf) -> None:
+    shelf.fill()
+    before = shelf.frames
+    old = shelf.slots.of(before)[:10]
+    shelf.buffer.pages[:10] = random_pages(4, 10)
+    found = hashes(shelf.buffer.pages[:10])
+    for process, region in shelf.regions:
+        shelf.mirror.update(process, region.vpn + np.arange(10), found[:, 0], found[:, 1])
+    shelf.mirror.engine.scan_full(3)
+    shelf.frames = shelf.mirror.frames_of(*shelf.regions[0])
+    assert set(shelf.frames[:10]) & set(before[:10]), "a frame was taken again, and nobody has swept"
+    assert not shelf.slots.of(shelf.frames[:10]).any()
+    shelf.slots.fill([Source(shelf.reader, shelf.frames[:10], shelf.addresses[:10])])
+    new = shelf.slots.of(shelf.frames[:10])
+    assert all((shelf.bytes_of(slot) == page).all() for slot, page in zip(new, shelf.buffer.pages, strict=False))
+    assert not set(new) & set(old), "a slot is never written again"
+    shelf.slots.sweep()
+    assert shelf.store.live_pages() == 150, "what nobody has is dead"
+
+
 def test_the_living_move_out_of_an_extent(shelf: Shelf) -> None:
     shelf.fill()
     for process, region in shelf.regions:

@@ -23,10 +23,11 @@ import numpy as np
 from pagefold.errors import CorruptionError, EngineStopped, PagefoldError
 from pagefold.live import control, domain, judge, messages, report, sd_notify
 from pagefold.live.knobs import MAX_CPU_PERCENT, check
-from pagefold.live.merging import Merging
+from pagefold.live.merging import STEP_PAGES, Merging
 from pagefold.live.messages import BadMessage
 from pagefold.live.mirror import warm_up
 from pagefold.live.peer import Peer
+from pagefold.live.tidying import Tidying
 from pagefold.sources.nodes import online_nodes
 
 DEFAULTS: dict[str, int | str] = {
@@ -60,15 +61,17 @@ class Daemon:
             check(knob, value)
         self.max_cpu_percent = check(MAX_CPU_PERCENT, wanted.pop(MAX_CPU_PERCENT))
         self.merging = Merging(max(online_nodes()) + 1, wanted)
+        self._tidying = Tidying(self.merging)
         self.notes: dict[str, str] = {}
         self.history: list[tuple[float, int]] = []
         self.settled_at: float | None = None
         self.peers: dict[int, Peer] = {}  # by descriptor of its connection
-        self._waiting: list[tuple[Peer, float]] = []  # for "settled", with the moment to give up
+        self._waiting: list[tuple[Peer, float, int]] = []  # for "settled": until when, looks before
         self._syncs: list[tuple[Peer, int, Any, int]] = []  # peer, token, region, passes when it may be answered
         self._rest = _IDLE_SECONDS[0]
         self._next_work = 0.0
         self._not_before = 0.0  # by max_cpu_percent
+        self._pages_left = 0  # of this wake-up's pages_to_scan
         self._next_sample = 0.0
         self._stopping = False
         self._warm = self._ready = False  # compiled, and begun
@@ -168,18 +171,26 @@ class Daemon:
         if engine.get("run") == 1:
             engine.now_ms = int((began - self.began) * 1000)
             engine.cpu_ms = int(cpu * 1000)
-            worked = self.merging.step(int(engine.get("pages_to_scan")))
+            worked = self._step(int(engine.get("pages_to_scan")))
         now, used = time.monotonic(), time.process_time() - cpu
         if worked:
             self._rest = _IDLE_SECONDS[0]
             pause = max(used * 100 / self.max_cpu_percent - (now - began), 0.0)
             self._not_before = now + pause
-            if not self._syncs and not self.merging.reading:
+            if not self._pages_left and not self._syncs:
                 pause = max(pause, int(engine.get("sleep_millisecs")) / 1000)
         else:
             pause, self._rest = self._rest, min(self._rest * 2, _IDLE_SECONDS[1])
         self._next_work = now + pause
         self._sample(now)
+
+    def _step(self, pages: int) -> bool:
+        """Do a step of those that make up a wake-up, which scans `pages`; what is only read does not count."""
+        scanning = not self.merging.reading
+        left = self._pages_left or pages
+        worked = self.merging.step(left)
+        self._pages_left = max(left - STEP_PAGES, 0) if scanning and worked else left
+        return worked
 
     def _hurry(self) -> None:
         """Work soon: something has changed."""
@@ -198,7 +209,7 @@ class Daemon:
         for peer in list(self.merging.peers.values()):
             if peer.ended():
                 self._drop(peer)
-        self.merging.tidy()
+        self._tidying.tidy()
         saved = report.saved_bytes(self.merging)
         if not self.history or self.history[-1][1] != saved:
             self.history.append((round(now - self.began, 3), saved))
@@ -348,10 +359,12 @@ class Daemon:
             peer.send(messages.pack(messages.SYNCED, token=token, **answer))
         if self._waiting:
             now = time.monotonic()
-            for peer, until in list(self._waiting):
-                if merging.settled or now >= until or stopped:
-                    self._waiting.remove((peer, until))
-                    self._say(peer, {"ok": True, "settled": merging.settled and not stopped})
+            for wait in list(self._waiting):
+                peer, until, looks = wait
+                settled = merging.settled_since(looks) and not stopped
+                if settled or now >= until or stopped:
+                    self._waiting.remove(wait)
+                    self._say(peer, {"ok": True, "settled": settled})
                 else:
                     self._next_work = min(self._next_work, until)
 
@@ -378,7 +391,11 @@ class Daemon:
         seconds = request.get("timeout")
         if not isinstance(seconds, int | float) or not 0 <= seconds < _LONGEST_WAIT:  # NaN is not either
             seconds = _LONGEST_WAIT
-        self._waiting.append((peer, time.monotonic() + seconds))
+        if not seconds:  # nobody waits for another look
+            self._say(peer, {"ok": True, "settled": self.merging.settled})
+            return
+        self._waiting.append((peer, time.monotonic() + seconds, self.merging.looking.looks))
+        self._hurry()
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         verb = request["verb"]
@@ -428,7 +445,7 @@ class Daemon:
                 self.merging.mirror.set(knob, value)
                 self.merging.carry_out()  # run = 2 gives pages back
         self.merging.stir()
-        self._next_work = 0.0
+        self._next_work, self._pages_left = 0.0, 0
         return {"knobs": self._knobs()}
 
     def _validate(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pagefold.live.messages import PAGE
 from pagefold.live.mirror import Mirror
@@ -149,6 +150,22 @@ class Looking:
                 for at, node in zip(index[away].tolist(), nodes[away].tolist(), strict=True):
                     moved |= self.mirror.move(peer.process, region.vpn + at, node)
         return moved
+
+    def astray(self, peer: Peer, address: Int64, frames: Int64, store: Store, slots: Slots) -> NDArray[np.bool_]:
+        """Tell which pages, or the slots they shall map, are on another node than the mirror believes: they moved since the last look."""
+        nodes = self.mirror.nodes_of(frames)
+        found = query_nodes(peer.pid, address)
+        answer: NDArray[np.bool_] = (found >= 0) & (found != nodes)
+        where = slots.of(frames)
+        for number in np.unique(where[where > 0] >> SHIFT).tolist():
+            extent = store[number]
+            here = np.flatnonzero(where >> SHIFT == number)
+            slot = where[here] & 0xFFFFFFFF
+            int(extent.memory[slot, 0].sum())  # present here, so that the kernel can say where
+            found = query_nodes(0, extent.address_of(0) + slot * PAGE)
+            extent.forget()
+            answer[here] |= (found >= 0) & (found != nodes[here])
+        return answer
 
     def _moved(self, slots: Slots, numbers: Int64, nodes: np.ndarray[tuple[int], np.dtype[np.int16]]) -> bool:
         """Follow slots of the store that were migrated."""

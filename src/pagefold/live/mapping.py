@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 PAGE = 4096
-_PROT_READ, _PROT_WRITE, _MAP_SHARED, _MADV_DONTNEED, _MPOL_PREFERRED = 1, 2, 1, 4, 1
+_PROT_READ, _PROT_WRITE, _MAP_SHARED, _MADV_DONTNEED, _MADV_POPULATE_WRITE, _MPOL_PREFERRED = 1, 2, 1, 4, 23, 1
 _SYS_MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235}
 _MOST_NODES = 1024
 
@@ -49,6 +49,10 @@ class Mapping:
     def seal_range(self, offset: int, size: int) -> None:
         """Take away the right to write to a range through this mapping."""
         _check(_libc.mprotect(self.address + offset, size, _PROT_READ), "mprotect")
+
+    def populate_range(self, offset: int, size: int) -> None:
+        """Make page-table entries for writing to a range; a kernel before 5.14 cannot, and makes them when it is written."""
+        _libc.madvise(self.address + offset, size, _MADV_POPULATE_WRITE)  # whatever fails here fails there, and says so
 
     def unmap_range(self, offset: int, size: int) -> None:
         """Drop the page-table entries of a range; the file's pages stay and come back when touched."""

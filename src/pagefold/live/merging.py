@@ -29,6 +29,7 @@ _SOURCES = (
     3  # pages that are tried, one after the other, to fill a slot from: any of them may have been written meanwhile
 )
 _SHARE = 4  # pages that are tracked at most, in shares of what the machine has: merged ones take no memory
+STEP_PAGES = 8192  # most pages scanned in one step: their windows free memory for the next ones, while those are filled
 _MOST_VPN = 1 << 44  # of a client's mirror: no page number is used twice
 
 
@@ -50,9 +51,6 @@ class Merging:
         self.past = Counts()  # of clients that are gone
         self._looked = False  # since the last pass ended
         self._full_until = 0
-        self._tidied = 0  # times
-        self._dead: list[int] = []  # extents that somebody still mapped the last time
-        self._dead_wait = self._dead_until = 0  # times to wait before asking for them again, and until when
 
     # --- clients ------------------------------------------------------------------------------------------------------------
 
@@ -127,15 +125,22 @@ class Merging:
 
         Nobody waits for the answer of a client that has been silent for long.
         """
-        need = _QUIET_SMART if self.mirror.engine.get("smart_scan") else _QUIET
         busy = self.reading or any(peer.pending and not peer.silent for peer in self.peers.values())
-        return not busy and self.calm_passes >= need
+        return not busy and self.calm_passes >= self._quiet
 
     @property
     def idle(self) -> bool:
         """Tell whether a pass over the mirror would find it as the last ones left it."""
-        need = _QUIET_SMART if self.mirror.engine.get("smart_scan") else _QUIET
-        return self.settled and self.still_passes >= need
+        return self.settled and self.still_passes >= self._quiet
+
+    def settled_since(self, looks: int) -> bool:
+        """Tell whether nothing more can merge as memory was after so many looks: whoever has just written wants that in."""
+        return self.settled and self.looking.looks > looks + (0 if self.idle else self._quiet)
+
+    @property
+    def _quiet(self) -> int:
+        """Return the passes without a merge after which none comes."""
+        return _QUIET_SMART if self.mirror.engine.get("smart_scan") else _QUIET
 
     @property
     def reading(self) -> bool:
@@ -143,7 +148,7 @@ class Merging:
         return self.looking.reading
 
     def step(self, pages: int) -> bool:
-        """Read, or scan up to `pages` pages and ask for windows. False if there was nothing to do."""
+        """Read, or scan up to `pages` (at most STEP_PAGES) pages and ask for windows. False if there was nothing to do."""
         if self.reading:
             if self.looking.read():
                 self.still_passes = 0
@@ -154,25 +159,27 @@ class Merging:
             self._looked = True
             changed = self.looking.look(list(self.peers.values()))
             if self.nodes > 1:
+                self.slots.sweep()  # a frame that was freed may be taken for one that moves: its slot would be lost
                 changed |= self.looking.follow_migrations(self.peers.values(), self.store, self.slots)
             if changed:
                 self.still_passes = 0
             if self.reading:
                 return True
         if self.mirror.at_start:
-            nothing = self.idle or not any(peer.regions for peer in self.peers.values())
+            nothing = self.idle or self.mirror.empty
             if nothing or (self.full and self.looking.looks < self._full_until):
                 self._looked = False
                 self.calm_passes += int(nothing)
                 self.still_passes += int(nothing)
                 return False
         before = self.mirror.passes
-        self.slots.sweep()
-        self.mirror.engine.scan(pages)
+        self.mirror.engine.scan(min(pages, STEP_PAGES))
         self.carry_out()
         if self.mirror.passes != before:
             self._looked = False
-            self._end_pass()
+            self.passes += 1
+            self.calm_passes += 1
+            self.still_passes += 1
         return True
 
     # --- wishes and windows ------------------------------------------------------------------------------------------------------
@@ -193,8 +200,12 @@ class Merging:
         except StoreFull as error:
             self._pause(str(error))
         by_peer: dict[Peer, list[tuple[Region, Int64, Int64]]] = {}
+        apart = self.nodes > 1 and not self.mirror.engine.get("merge_across_nodes")
         for peer, region, index, frames, _ in pieces:
             target = np.where(frames > 0, self.slots.of(np.maximum(frames, 0)), frames)
+            if apart:
+                kept = self._still_there(peer, region, index, frames, target)
+                index, frames, target = index[kept], frames[kept], target[kept]
             without = (frames > 0) & (target == 0)
             if without.any() and self.full:
                 self._take_back(peer, region, index[without])
@@ -203,6 +214,21 @@ class Merging:
             by_peer.setdefault(peer, []).append((region, index[~without], target[~without]))
         for peer, wanted in by_peer.items():
             self.ask(peer, wanted)
+
+    def _still_there(
+        self, peer: Peer, region: Region, index: Int64, frames: Int64, target: Int64
+    ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Tell which pages and slots are on the node where the last look found them, and take the other wishes back.
+
+        The kernel too asks for the node when it has found an equal: nothing merges onto a page that is misplaced by then.
+        """
+        kept = np.ones(len(index), np.bool_)
+        asked = np.flatnonzero(target > 0)
+        address = region.start + index[asked] * PAGE
+        kept[asked] = ~self.looking.astray(peer, address, frames[asked], self.store, self.slots)
+        if not kept.all():
+            self._take_back(peer, region, index[~kept])
+        return kept
 
     def _fill(self, pieces: list[tuple[Peer, Region, Int64, Int64, Int64]]) -> None:
         """Give slots to frames that have none yet, each filled from the first page that shall map it."""
@@ -244,7 +270,7 @@ class Merging:
         """Ask a client to let pages map slots, HOLE or (0) pages of their own; refuse for it what it cannot do."""
         runs: list[Run] = []
         for region, index, target in wanted:
-            quiet = not self._may_ask(peer, region)
+            quiet = not self.may_ask(peer, region)
             news = (region.wanted[index] != target) | (region.broken[index] & (target != 0))
             index, target = index[news], target[news]
             if quiet or peer.crowded:
@@ -262,7 +288,7 @@ class Merging:
             else:
                 self._send(peer, part)
 
-    def _may_ask(self, peer: Peer, region: Region) -> bool:
+    def may_ask(self, peer: Peer, region: Region) -> bool:
         """Tell whether windows may be asked for in a region now: a quiet one is for the time in which somebody waits in merge."""
         return region in self.syncing or (peer.windows_safe and bool(self.syncing or not region.quiet))
 
@@ -335,66 +361,3 @@ class Merging:
     def _refuse_runs(self, peer: Peer, runs: list[Run], status: int) -> None:
         for region, index, _ in by_region(runs):
             self.refused(peer, region, index, np.full(len(index), status, np.uint8))
-
-    # --- between passes --------------------------------------------------------------------------------------------------------------
-
-    def _end_pass(self) -> None:
-        self.passes += 1
-        self.calm_passes += 1
-        self.still_passes += 1
-        for extent in self.store.sparse():
-            self._empty(extent.number)
-
-    def tidy(self) -> None:
-        """Let slots of frames that are gone die, and free what nobody has; called now and then."""
-        self.slots.sweep()
-        for extent in self.store:
-            if extent.live == 0:
-                self.store.retire(extent)
-                for peer in self.peers.values():
-                    if extent.number in peer.extents:
-                        peer.extents.discard(extent.number)
-                        peer.send(messages.pack(messages.RELEASE, extent=extent.number))
-        self.store.free_extents()
-        if self.settled or self.mirror.engine.get("run") != 1:
-            self._leave_dead()
-
-    def _empty(self, number: int) -> None:
-        """Let an extent's last pages be merged elsewhere, if all who map them can be asked."""
-        wanted: list[tuple[Peer, Region, Int64]] = []
-        for peer in self.peers.values():
-            for region in peer.regions.values():
-                index = np.flatnonzero((region.where >> SHIFT == number) & ~region.broken)
-                if len(index) and (peer.crowded or not self._may_ask(peer, region)):
-                    return
-                wanted.append((peer, region, index))
-        try:
-            moved = self.slots.relocate(self.store[number])
-        except StoreFull:
-            return
-        for peer, region, index in wanted:
-            target = moved[region.where[index] & 0xFFFFFFFF]
-            if target.any():
-                self.ask(peer, [(region, index[target > 0], target[target > 0])])
-
-    def _leave_dead(self) -> None:
-        """Ask for the pages that keep extents without a live slot: where the mirror has them, or private if it has them nowhere.
-
-        Those are pages that were written since (their mapping is still one of the extent), and those whose windows came to nothing.
-        """
-        self._tidied += 1
-        dead = [extent.number for extent in self.store if extent.live == 0]
-        if dead != self._dead:
-            self._dead, self._dead_wait, self._dead_until = dead, 1, 0
-        if not dead or self._tidied < self._dead_until:
-            return
-        self._dead_until = self._tidied + self._dead_wait
-        self._dead_wait = min(self._dead_wait * 2, 64)
-        for peer in self.peers.values():
-            assert peer.process is not None
-            for region in peer.regions.values():
-                index = np.flatnonzero(np.isin(region.where >> SHIFT, dead))
-                if len(index) and self._may_ask(peer, region) and not peer.crowded:
-                    frames = self.mirror.frames_of(peer.process, region)[index]
-                    target = np.where(region.broken[index] | ~self.mirror.is_ksm(frames), 0, self.slots.of(frames))
-                    self.ask(peer, [(region, index, target)])

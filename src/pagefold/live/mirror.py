@@ -172,6 +172,11 @@ class Mirror:
         return int(self._ctl["cursor_mm"]) == 0
 
     @property
+    def empty(self) -> bool:
+        """Tell whether there is nothing to scan, not even a client that ended and is to be forgotten."""
+        return int(self.machine.world.mms[0]["ring_next"]) == 0
+
+    @property
     def passes(self) -> int:
         """Passes done so far."""
         return int(self._ctl["full_scans"])

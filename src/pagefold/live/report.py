@@ -15,7 +15,7 @@ from pagefold.live import messages
 from pagefold.live.merging import Merging
 from pagefold.live.messages import PAGE
 from pagefold.live.peer import Counts, Peer
-from pagefold.live.region import SHIFT, Region
+from pagefold.live.region import Region
 
 _GROUPS = 64  # most groups of sharers that are told
 _PEER_BITS = 14  # of a client's number, below a slot's
@@ -115,9 +115,9 @@ def groups(merging: Merging) -> list[dict[str, Any]]:
     first = np.flatnonzero(np.append(True, np.diff(slot) != 0))
     found: dict[tuple[int, tuple[int, ...]], int] = {}
     bounds = [*first.tolist(), len(slot)]
-    nodes = {extent.number: extent.node for extent in merging.store}
-    for begin, end in pairwise(bounds):
-        key = (nodes.get(int(slot[begin]) >> SHIFT, -1), tuple(owner[begin:end].tolist()))
+    nodes = merging.mirror.nodes_of(merging.slots.frames_of(slot[first])).tolist()  # not its extent's, if it migrated
+    for (begin, end), node in zip(pairwise(bounds), nodes, strict=True):
+        key = (node, tuple(owner[begin:end].tolist()))
         found[key] = found.get(key, 0) + 1
     rows = [
         {"node": node, "pids": [peers[one].pid for one in members], "pages": pages, "bytes": pages * PAGE}

@@ -91,6 +91,10 @@ class Extent:
         self.clients.add(client)
         return fd
 
+    def populate(self, first: int, pages: int) -> None:
+        """Map slots here for writing all at once, before they are filled: one fault for each would take longer than filling it."""
+        self._mapping.populate_range(first * PAGE, pages * PAGE)
+
     def publish(self, first: int, pages: int) -> None:
         """Make filled slots immutable, and unmap them here, so that the kernel counts them for clients alone."""
         self._mapping.seal_range(first * PAGE, pages * PAGE)
