@@ -36,6 +36,7 @@ _WHY_FAILED = {
 _NO_DAEMON = "no daemon: nothing merges in the background until there is one (`pagefold serve`, or `pagefold run`)"
 _POLL_SECONDS = 0.02
 _ASK_SECONDS = 10.0
+_TOGETHER = 32  # merges that wait at a time: the agent asks for no more
 
 
 def merge(thing: Any, timeout: float | None = 60.0) -> Report:
@@ -65,9 +66,9 @@ def merge(thing: Any, timeout: float | None = 60.0) -> Report:
         wanted = {region.number: (region.start, region.pages) for region in list(hold.regions)}
         for other in hold.others:  # several may name one region: it is merged once
             wanted.setdefault(other.number, (other.start, (other.end - other.start) // buffers.PAGE))
-        for number, (_, pages) in sorted(wanted.items(), key=lambda item: item[1]):
-            left = agent.NO_TIMEOUT if until is None else int(max(until - time.monotonic(), 0) * 1000)
-            code, figures = _client.library.merge(number, left)
+        order = sorted(wanted.items(), key=lambda item: item[1])
+        done = _merge_all([number for number, _ in order], until)
+        for (_, (_, pages)), (code, figures) in zip(order, done, strict=True):
             if code < 0:
                 report.refuse({_WHY_FAILED.get(-code, f"the agent failed: {os.strerror(-code)}"): pages})
                 continue
@@ -81,6 +82,23 @@ def merge(thing: Any, timeout: float | None = 60.0) -> Report:
     if wanted and not state.windows_safe:
         report.note = f"swapped without windows, which is safe only if nobody wrote meanwhile: {state.why.decode(errors='replace')}"
     return report
+
+
+def _merge_all(numbers: list[int], until: float | None) -> list[tuple[int, agent.Report]]:
+    """Merge regions; those that wait for the daemon do so together, in threads, for it answers many at once."""
+
+    def one(number: int) -> tuple[int, agent.Report]:
+        left = agent.NO_TIMEOUT if until is None else int(max(until - time.monotonic(), 0) * 1000)
+        return _client.library.merge(number, left)
+
+    first = [one(number) for number in numbers[:1]]  # and wait for the connection, if one is being made
+    rest = numbers[1:]
+    if not rest or not _client.library.state().connected:
+        return first + [one(number) for number in rest]
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(min(len(rest), _TOGETHER)) as threads:
+        return [*first, *threads.map(one, rest)]
 
 
 def advise(thing: Any) -> Handle:
