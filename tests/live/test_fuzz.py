@@ -25,10 +25,11 @@ from tests.live.processes import DaemonProcess
 from tests.live.test_hostile import slots_are_right
 
 from pagefold import settings
+from pagefold.core import layout
 from pagefold.live import control, domain, judge, messages
 from pagefold.live.daemon import Daemon
 from pagefold.live.messages import PAGE, BadMessage
-from pagefold.live.peer import Peer
+from pagefold.live.peer import MOST_PAGES, Peer
 
 KINDS = sorted(messages.LAYOUT)
 CELL = 4  # pages of a region
@@ -309,7 +310,7 @@ def fuzz(bench: Bench, goal: int) -> None:
     # What clients may advise is bounded, and so are the tables for it; the kernel gives memory to their parts as they are used.
     tables = sum(table.nbytes for table in bench.daemon.merging.mirror.machine.world)
     print(f"{bench.got - begin} messages, {seed - FIRST_SEED} seeds; {grown / MIB:.1f} MiB more, tables {tables / MIB:.1f}")
-    assert tables < 256 * MIB
+    assert tables < 4 * MOST_PAGES * (layout.pte.itemsize + layout.rmap.itemsize) + 64 * MIB
     assert grown < tables + 32 * MIB
     bench.daemon._set({"knobs": {"run": 2}})
     bench.until(lambda: bench.daemon.merging.store.backed_bytes() == 0)
