@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.live.clients import Crowd
-from tests.live.processes import DaemonProcess, Nursery, WorkerProcess
+from tests.live.processes import DaemonProcess, Nursery, WorkerProcess, eventually
+
+from pagefold.live.headroom import Headroom
 
 Start = Callable[..., DaemonProcess]
 
@@ -93,3 +96,16 @@ def workers() -> Iterator[Callable[[Path], WorkerProcess]]:
     finally:
         for one in made:
             one.kill()
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A memory cgroup of our own."""
+    above = next((folder for folder, _ in Headroom()._groups if os.getuid() == 0 and os.access(folder, os.W_OK)), None)
+    if above is None or not any((above / name).exists() for name in ("memory.limit_in_bytes", "memory.max")):
+        pytest.skip("needs root and a memory cgroup")
+    folder = above / f"pagefold-daemon-{os.getpid()}"
+    folder.mkdir()
+    yield folder
+    eventually(lambda: not (folder / "cgroup.procs").read_text())
+    folder.rmdir()

@@ -175,3 +175,15 @@ class WorkerProcess:
     def kill(self) -> None:
         self.process.kill()
         self.process.communicate()
+
+
+def limit_memory(cgroup: Path, size: int) -> None:
+    """Let a memory cgroup, of the first version or the second, have so many bytes."""
+    first = cgroup / "memory.limit_in_bytes"
+    (first if first.exists() else cgroup / "memory.max").write_text(str(size))
+
+
+def memory_used(cgroup: Path) -> int:
+    """Return the bytes that a memory cgroup has now."""
+    first = cgroup / "memory.usage_in_bytes"
+    return int((first if first.exists() else cgroup / "memory.current").read_text())

@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tests.live.clients import Buffer, Client, Crowd, Pages, Status, random_pages, ready, track
 from tests.live.conftest import Start
-from tests.live.processes import DaemonProcess, WorkerProcess, eventually
+from tests.live.processes import DaemonProcess, WorkerProcess, eventually, limit_memory
 
 from pagefold import settings
 from pagefold.live import control, messages, tracking
@@ -881,32 +881,15 @@ def test_what_is_merged_stays_when_the_store_is_full(daemon: DaemonProcess, crow
     crowd.until(lambda: merged(daemon) == 120 + 10_000)
 
 
-@pytest.fixture
-def cgroup() -> Iterator[Path]:
-    """A memory cgroup of our own."""
-    from pagefold.live.headroom import Headroom
-
-    above = next((folder for folder, _ in Headroom()._groups if ROOT and os.access(folder, os.W_OK)), None)
-    if above is None or not any((above / name).exists() for name in ("memory.limit_in_bytes", "memory.max")):
-        pytest.skip("needs root and a memory cgroup")
-    folder = above / f"pagefold-daemon-{os.getpid()}"
-    folder.mkdir()
-    yield folder
-    eventually(lambda: not (folder / "cgroup.procs").read_text())
-    folder.rmdir()
-
-
 def test_a_full_memory_cgroup_pauses_merging_and_nothing_else(cgroup: Path, daemons: Start, crowd: Crowd) -> None:
-    limit = cgroup / "memory.limit_in_bytes"
-    limit = limit if limit.exists() else cgroup / "memory.max"
-    limit.write_text(str(48 << 20))
+    limit_memory(cgroup, 48 << 20)
     daemon = daemons(cgroup=str(cgroup))
     join_many(crowd, daemon, 2, random_pages(1, 1000))
     crowd.until(lambda: merged(daemon) == 2000)
     join_many(crowd, daemon, 2, random_pages(2, 14_000))
     crowd.until(lambda: any("memory cgroup" in note for note in daemon.stat()["notes"]))
     assert 2000 <= merged(daemon) < 30_000
-    limit.write_text(str(256 << 20))
+    limit_memory(cgroup, 256 << 20)
     crowd.until(lambda: merged(daemon) == 30_000)
     assert daemon.stat()["notes"] == []
     crowd.close()

@@ -309,7 +309,9 @@ def fuzz(bench: Bench, goal: int) -> None:
     grown = own_memory() - memory
     # What clients may advise is bounded, and so are the tables for it; the kernel gives memory to their parts as they are used.
     tables = sum(table.nbytes for table in bench.daemon.merging.mirror.machine.world)
-    print(f"{bench.got - begin} messages, {seed - FIRST_SEED} seeds; {grown / MIB:.1f} MiB more, tables {tables / MIB:.1f}")
+    print(
+        f"{bench.got - begin} messages, {seed - FIRST_SEED} seeds; {grown / MIB:.1f} MiB more, tables {tables / MIB:.1f}"
+    )
     assert tables < 4 * MOST_PAGES * (layout.pte.itemsize + layout.rmap.itemsize) + 64 * MIB
     assert grown < tables + 32 * MIB
     bench.daemon._set({"knobs": {"run": 2}})

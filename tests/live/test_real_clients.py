@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,18 +12,21 @@ from pathlib import Path
 
 import pytest
 from tests.live.conftest import Start
-from tests.live.processes import DaemonProcess, eventually
+from tests.live.processes import DaemonProcess, eventually, limit_memory, memory_used
 
 PAGE = 4096
 HERE = Path(__file__).parent
+PAGEFOLD = [sys.executable, "-c", "from pagefold.cli import command; command()"]
 
 
 class Client:
     """One real_client.py."""
 
-    def __init__(self, daemon: DaemonProcess, mib: int, seed: int, every: int) -> None:
+    def __init__(self, daemon: DaemonProcess, mib: int, seed: int, every: int, cgroup: Path | None) -> None:
+        within = f"echo $$ > {cgroup}/cgroup.procs && " if cgroup else ""
+        program = [sys.executable, str(HERE / "real_client.py"), str(mib), str(seed), str(every)]
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "real_client.py"), str(mib), str(seed), str(every)],
+            ["sh", "-c", f'{within}exec "$@"', "sh", *program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -40,9 +44,11 @@ class Client:
 
 
 @contextmanager
-def clients(daemon: DaemonProcess, mib: int, seeds: list[int], every: int = 1) -> Iterator[list[Client]]:
+def clients(
+    daemon: DaemonProcess, mib: int, seeds: list[int], every: int = 1, cgroup: Path | None = None
+) -> Iterator[list[Client]]:
     """Run clients; at the end their memory must be what they wrote, and they must end well."""
-    made = [Client(daemon, mib, seed, every) for seed in seeds]
+    made = [Client(daemon, mib, seed, every, cgroup) for seed in seeds]
     try:
         for client in made:
             assert client.say() == "ready"
@@ -156,3 +162,31 @@ def test_client_and_daemon_survive_each_other(daemons: Start) -> None:
         crew[0].process.wait()
         eventually(lambda: len(second.stat()["clients"]) == 1)
         assert crew.pop(0).process.returncode == -9
+
+
+def test_daemon_and_clients_in_one_full_memory_cgroup(cgroup: Path, daemons: Start) -> None:
+    daemon = daemons(cgroup=str(cgroup), knobs={"run": 0})
+    with clients(daemon, 16, [1, 2, 3, 4], cgroup=cgroup) as crew:
+        background(daemon)
+        limit_memory(cgroup, memory_used(cgroup) + (24 << 20))  # enough to look, too little for the store
+        daemon.set(run=1)
+        eventually(lambda: "memory cgroup" in shown(daemon))
+        assert "merging pauses" in shown(daemon)
+        assert daemon.stat()["merged"] == 0
+        assert [client.say("check") for client in crew] == ["intact"] * 4
+        assert [client.say("write 5") for client in crew] == ["written"] * 4
+        limit_memory(cgroup, 1 << 30)
+        eventually(lambda: daemon.settle()["notes"] == [])
+        assert "merging pauses" not in shown(daemon)
+        assert daemon.stat()["saved_bytes"] >= 3 * (16 * 256 - 5) * PAGE
+    killed = re.search(r"oom_kill (\d+)", "".join(path.read_text() for path in cgroup.glob("memory.[eo]*[sl]")))
+    assert killed and killed[1] == "0"
+    daemon.stop()
+
+
+def shown(daemon: DaemonProcess) -> str:
+    """Return what `pagefold stat` prints."""
+    env = {**os.environ, "PAGEFOLD_SOCKET": str(daemon.path)}
+    done = subprocess.run([*PAGEFOLD, "stat"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return " ".join(done.stdout.split())
