@@ -114,7 +114,7 @@ GIVING_BACK = [
     ("pagefold.live.peer.Peer.ask", 3, True),
     ("pagefold.live.merging.Merging.outcome", 1, False),
     ("pagefold.live.merging.Merging.outcome", 2, True),
-    ("pagefold.live.merging.Merging.tidy", 1, True),
+    ("pagefold.live.tidying.Tidying.tidy", 1, True),
 ]
 
 

@@ -77,9 +77,12 @@ def nothing_was_lost(outcome: Outcome) -> None:
 
 
 def test_nothing_is_lost_whatever_writes(build: Path) -> None:
-    outcome = run(build / "torture", "--seconds", 15, "--seed", 1)
-    nothing_was_lost(outcome)
-    figures = outcome.figures
+    for seconds in (15, 60):  # on a busy machine not everything has its turn in the first time
+        outcome = run(build / "torture", "--seconds", seconds, "--seed", 1)
+        nothing_was_lost(outcome)
+        figures = outcome.figures
+        if figures["extents_freed"]:
+            break
     for kinds, names in ((figures["writes"], WRITERS), (figures["reads"], READERS), (figures["children"], CHILDREN)):
         direct = {"direct", "directwrite"} - set(kinds)  # a file system without O_DIRECT of 512 bytes
         assert set(kinds) == names - direct
