@@ -286,12 +286,11 @@ int64_t pf_unadvise_plainly(int64_t region) {
 }
 
 int pf_forget(int64_t region) {
-    struct pf_region about;
     if (!at_home())
         return -ECHILD;
-    if (!pf_region_get(region, &about) || about.closing || pf_region_close(region))
+    if (pf_region_abandon(region))
         return -ENOENT;
-    /* From here on no window is in it. */
+    /* From here on no window is in it, and nothing is given back there. */
     pf_announce_gone(region);
     int error = pf_region_remove(region);
     pf_command_ring(PF_BELL_LINK | PF_BELL_STORE);
@@ -327,7 +326,7 @@ int64_t pf_discard(int64_t id) {
     int64_t left = 0;
     if (!at_home())
         return -ECHILD;
-    if (!pf_region_get(id, &region) || region.closing || pf_region_close(id))
+    if (pf_region_abandon(id) || !pf_region_get(id, &region))
         return -ENOENT;
     pf_announce_gone(id);
     for (uint64_t first = 0; first < region.pages; first += 512) {

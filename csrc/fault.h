@@ -9,7 +9,7 @@
  * remap    1 before the run is registered  2 registered  3 writers held  4 compared  5 a stretch mapped to its new slots
  *          6 no registration left
  * restore  1 before a batch  2 writers held  3 the twin lives  4 pinned pages known  5 a run copied  6 an empty mapping in its
- *          place  7 filled  8 no registration left  9 end of the batch
+ *          place  7 filled  8 no registration left  9 end of the batch  10 after it, without W
  */
 #ifndef PF_FAULT_H
 #define PF_FAULT_H

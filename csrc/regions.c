@@ -190,13 +190,24 @@ struct pf_region *pf_region_index(uint32_t index) {
     return index < count ? entries[index].region : NULL;
 }
 
-int pf_region_close(int64_t id) {
+static int end_use(int64_t id, uint32_t abandoned) {
     pf_w_lock();
     struct pf_region *region = find(id);
-    if (region)
+    const bool open = region && !region->closing;
+    if (region) {
         region->closing = 1;
+        region->abandoned |= abandoned;
+    }
     pf_w_unlock();
-    return region ? 0 : -ENOENT;
+    return open ? 0 : -ENOENT;
+}
+
+int pf_region_close(int64_t id) {
+    return end_use(id, 0);
+}
+
+int pf_region_abandon(int64_t id) {
+    return end_use(id, 1);
 }
 
 int pf_region_remove(int64_t id) {

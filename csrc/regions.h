@@ -28,6 +28,7 @@ struct pf_region {
     uint32_t quiet;   /* 1: only pf_merge touches it */
     uint32_t tracked; /* 1: its anonymous pages are registered for write tracking now; kept by pf_track and by fork */
     uint32_t closing; /* 1: no window may start in it any more (pf_region_close) */
+    uint32_t abandoned; /* 1: closing, and its memory may be another's: nothing is given back in it (pf_region_abandon) */
     uint32_t vma;     /* PF_VMA_*: what its mapping is like beside the ordinary, given back by pf_restore */
     int32_t suits;    /* 0: its mapping can be merged; else nothing touches it: PF_UNSEEN, or the negative errno of pf_suitable */
     uint64_t *where;  /* per page; read and written under W only */
@@ -65,8 +66,12 @@ int64_t pf_region_add(uint64_t start, uint64_t bytes, uint32_t quiet, uint32_t v
 int pf_region_seen(int64_t id, int32_t suits);
 /* The regions that nobody looked at, ascending by address, the first `room` of them; returns how many. */
 uint32_t pf_region_unseen(struct pf_range *ranges, uint32_t room);
-/* From the moment this returns no window or remap is in the region, and none will start; pf_restore still works. -ENOENT. */
+/* From the moment this returns no window or remap is in the region, and none will start; pf_restore still works. -ENOENT,
+ * also if that was so before. */
 int pf_region_close(int64_t id);
+/* The same, and pf_restore does not work in it any more either, also one that is under way: what it has not reached stays.
+ * With -ENOENT too, if somebody else closed the region: the caller's memory is his again in any case. */
+int pf_region_abandon(int64_t id);
 /* Forget the region (and its where); its pages stay as they are. Returns when no window is in it. -ENOENT. */
 int pf_region_remove(int64_t id);
 /* Copy the region's record (`where` is then of no use to the caller: NULL). False: no such region. */

@@ -306,7 +306,8 @@ static void restore_all(struct restore *restore, uint64_t from, uint64_t end, bo
         restore->region = pf_region_find_at(from);
         restore->held = pf_kit.ready;
         restore->empty = restore->held && pf_listener_serves(&restore->listener);
-        if (!restore->region) {
+        /* Asked anew at each batch: who abandons a region (pf_forget, pf_discard) gives the memory to others at once. */
+        if (!restore->region || restore->region->abandoned) {
             pf_w_unlock();
             return;
         }
@@ -323,6 +324,7 @@ static void restore_all(struct restore *restore, uint64_t from, uint64_t end, bo
                 keep(restore, restore->stretches[i].start, restore->stretches[i].pages, false);
         from = next;
         pf_w_unlock();
+        PF_FAULT(PF_FAULT_RESTORE, 10);
     }
 }
 

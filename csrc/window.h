@@ -53,7 +53,8 @@ void pf_window_drop(void);
 
 /* Make merged pages in [start, start+pages*4096) private and anonymous again; threads may write meanwhile (with plain = 1
  * and no kit: they must not). Returns the pages that could not: these are private too and correct, but stay in a file
- * mapping. Without kit and without plain that is all of them. The range lies in one region; call pf_region_close first. */
+ * mapping. Without kit and without plain that is all of them. The range lies in one region; call pf_region_close first.
+ * It ends early, and the rest stays as it is, when the region is abandoned meanwhile (pf_region_abandon). */
 int64_t pf_restore(uint64_t start, uint64_t pages, int plain);
 
 /* Counters since the library was loaded, or since the fork. */

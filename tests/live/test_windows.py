@@ -486,6 +486,32 @@ def test_pages_shared_with_a_child_come_back(advised: Advised) -> None:
         os.close(end)
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_memory_that_is_abandoned_between_two_batches_is_given_back_no_further(windows: Windows, closed: bool) -> None:
+    """Also if somebody else, who gives it back, had closed the region."""
+    pages = 1024
+    advised = Advised(windows, pages)
+    for first in range(0, pages, 64):
+        assert advised.swap(first, 64) == [Status.MERGED] * 64
+    if closed:
+        assert windows.region_close(advised.region) == 0
+        assert windows.region_close(advised.region) == -errno.ENOENT
+    called = []
+
+    def abandon() -> None:
+        called.append(windows.region_abandon(advised.region))
+        _replace(advised.memory.start, pages * PAGE)
+
+    plan = windows.at_fault(2, 10, abandon)
+    assert advised.restore() == 0
+    plan.kind = -1
+    assert called == [-errno.ENOENT if closed else 0]
+    assert all(advised.memory[page] == b"\7" * PAGE for page in range(pages)), "it is another's by now"
+    assert any(windows.where(advised.region, pages)), "there was something left to give back"
+    assert windows.region_remove(advised.region) == 0
+    advised.memory.free()
+
+
 def test_without_descriptors_memory_still_comes_back(advised: Advised) -> None:
     advised.swap(0, 16)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -686,7 +712,7 @@ def test_adversities(driver: Path, tmp_path: Path, command: str) -> None:
 POINTS = [
     *(("window", point) for point in range(1, 10)),
     *(("remap", point) for point in range(1, 7)),
-    *(("restore", point) for point in range(1, 10)),
+    *(("restore", point) for point in range(1, 11)),
 ]
 
 
