@@ -201,7 +201,7 @@ def test_the_environment_of_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = lifeline.client_environment(Path("/there"), enable=False)
     assert environment["PAGEFOLD_SOCKET"] == "/there"
     assert "PAGEFOLD_ENABLE" not in environment
-    assert environment["PYTHONPATH"] == f"{lifeline.SITE}:/one:/two"
+    assert environment["PYTHONPATH"] == f"{lifeline.SITE}:/one::/two", "an empty one is the folder the command is in"
     assert environment["PATH"] == os.environ["PATH"]
     monkeypatch.delenv("PYTHONPATH")
     environment = lifeline.client_environment(Path("/there"), enable=True)

@@ -251,7 +251,8 @@ class _Client:
         """Tell whether the daemon knows all regions of this process. Raises NotHere without a daemon."""
         regions = self.library.state().regions
         rows = control.ask(path, {"verb": "clients"}, _ASK_SECONDS).get("clients", [])
-        return not regions or any(row["pid"] == os.getpid() and row["regions"] >= regions for row in rows)
+        known = (row["regions"] + row["ignored_regions"] for row in rows if row["pid"] == os.getpid())
+        return not regions or max(known, default=0) >= regions
 
     def release(self, hold: Hold) -> int:
         """Let a hold go. At the end of the interpreter nothing: the memory goes with the process."""

@@ -27,6 +27,7 @@ from pagefold.live.merging import STEP_PAGES, Merging
 from pagefold.live.messages import BadMessage
 from pagefold.live.mirror import warm_up
 from pagefold.live.peer import Peer
+from pagefold.live.region import Region
 from pagefold.live.tidying import Tidying
 from pagefold.sources.nodes import online_nodes
 
@@ -43,6 +44,7 @@ _LONGEST_SLEEP = 3600.0  # seconds; epoll knows no more than some weeks
 _IDLE_SECONDS = (0.02, 1.0)  # rest while nothing changes: doubles from the first to the second
 _SAMPLE_SECONDS = 0.5  # between two looks at what is saved, and at what can be freed
 _MOST_PEERS = 16384
+_MOST_WAITS = 64  # of one connection at a time, for merging or for its end
 _LONGEST_WAIT = 1e6  # seconds that anybody waits for the end of merging
 _SYNC_PASSES = 3  # one to learn a page, one to enter a tree, one to meet an equal there
 
@@ -67,7 +69,7 @@ class Daemon:
         self.settled_at: float | None = None
         self.peers: dict[int, Peer] = {}  # by descriptor of its connection
         self._waiting: list[tuple[Peer, float, int]] = []  # for "settled": until when, looks before
-        self._syncs: list[tuple[Peer, int, Any, int]] = []  # peer, token, region, passes when it may be answered
+        self._syncs: list[tuple[Peer, int, Region, int]] = []  # peer, token, region, passes when it may be answered
         self._rest = _IDLE_SECONDS[0]
         self._next_work = 0.0
         self._not_before = 0.0  # by max_cpu_percent
@@ -172,6 +174,8 @@ class Daemon:
             engine.now_ms = int((began - self.began) * 1000)
             engine.cpu_ms = int(cpu * 1000)
             worked = self._step(int(engine.get("pages_to_scan")))
+        else:
+            self.merging.find_broken()
         now, used = time.monotonic(), time.process_time() - cpu
         if worked:
             self._rest = _IDLE_SECONDS[0]
@@ -180,7 +184,8 @@ class Daemon:
             if not self._pages_left and not self._syncs:
                 pause = max(pause, int(engine.get("sleep_millisecs")) / 1000)
         else:
-            pause, self._rest = self._rest, min(self._rest * 2, _IDLE_SECONDS[1])
+            pause = max(self._rest, used * 100 / self.max_cpu_percent - (now - began))
+            self._rest = min(self._rest * 2, _IDLE_SECONDS[1])
         self._next_work = now + pause
         self._sample(now)
 
@@ -333,14 +338,15 @@ class Daemon:
         if int(said["region"]) in peer.ignored:
             peer.send(messages.pack(messages.SYNCED, token=token, error=-errno.ENOMEM))
             return
-        if region is None or sum(one[0] is peer for one in self._syncs) >= 64:
+        if region is None or sum(one[0] is peer for one in self._syncs) >= _MOST_WAITS:
             raise BadMessage(f"client {peer.pid} wants region {int(said['region'])} merged, which it did not advise")
         if self.merging.mirror.engine.get("run") != 1:
             peer.send(messages.pack(messages.SYNCED, token=token, error=-errno.EAGAIN))
             return
         self.merging.sync(peer, region)
-        before = region.merged().sum() + (region.where < 0).sum()
-        self._syncs.append((peer, token, (region, int(before)), self.merging.passes + _SYNC_PASSES + 1))
+        if not region.quiet:  # what was merged in the background before is not of this call
+            region.told = report.merged_and_saved(self.merging, peer, region)
+        self._syncs.append((peer, token, region, self.merging.passes + _SYNC_PASSES + 1))
         self._next_work = 0.0
 
     def _answer_waiting(self) -> None:
@@ -348,14 +354,17 @@ class Daemon:
         merging = self.merging
         stopped = merging.mirror.engine.get("run") != 1
         for entry in list(self._syncs):
-            peer, token, (region, before), passes = entry
+            peer, token, region, passes = entry
             busy = peer.pending or merging.reading
             if not stopped and (busy or (merging.passes < passes and not merging.idle)):
                 continue
             self._syncs.remove(entry)
-            if not any(other[2][0] is region for other in self._syncs):
+            if not any(other[2] is region for other in self._syncs):
                 merging.syncing.discard(region)
-            answer = {"error": -errno.EAGAIN} if stopped else report.region_report(region, before)
+            if peer.regions.get(region.number) is not region:
+                answer = {"error": -errno.ENOENT}  # it was let go in the meantime
+            else:
+                answer = {"error": -errno.EAGAIN} if stopped else report.region_report(merging, peer, region)
             peer.send(messages.pack(messages.SYNCED, token=token, **answer))
         if self._waiting:
             now = time.monotonic()
@@ -391,6 +400,8 @@ class Daemon:
         seconds = request.get("timeout")
         if not isinstance(seconds, int | float) or not 0 <= seconds < _LONGEST_WAIT:  # NaN is not either
             seconds = _LONGEST_WAIT
+        if sum(one[0] is peer for one in self._waiting) >= _MOST_WAITS:
+            raise control.Refused(f"one connection waits {_MOST_WAITS} times already; wait for an answer first", 2)
         if not seconds:  # nobody waits for another look
             self._say(peer, {"ok": True, "settled": self.merging.settled})
             return

@@ -180,6 +180,8 @@ def client_environment(path: Path, *, enable: bool) -> dict[str, str]:
     environment["PAGEFOLD_SOCKET"] = str(path)
     if enable:
         environment["PAGEFOLD_ENABLE"] = "1"
-    folders = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
-    environment["PYTHONPATH"] = os.pathsep.join([str(SITE), *(folder for folder in folders if Path(folder) != SITE)])
+    before = environment.get("PYTHONPATH")
+    folders = before.split(os.pathsep) if before else []  # an empty one is the folder the command is in
+    kept = [folder for folder in folders if not folder or Path(folder) != SITE]
+    environment["PYTHONPATH"] = os.pathsep.join([str(SITE), *kept])
     return environment

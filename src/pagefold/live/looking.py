@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +40,11 @@ class Looking:
         """Tell whether pages wait to be read and hashed."""
         return bool(self._to_read)
 
-    def look(self, peers: Iterable[Peer]) -> bool:
-        """Ask clients' page tables what was written, and queue what must be read. Tell whether the mirror changed at once."""
+    def look(self, peers: Iterable[Peer], syncing: Collection[Region]) -> bool:
+        """Ask clients' page tables what was written, and queue what must be read. Tell whether the mirror changed at once.
+
+        `syncing`: regions that somebody waits for.
+        """
         self.looks += 1
         changed = False
         for peer in peers:
@@ -49,14 +52,11 @@ class Looking:
             try:
                 with contextlib.suppress(OSError):  # no descriptor left; the next look asks again
                     inherited = peer.inherited()
-                written, broken = peer.written(), peer.newly_broken()
+                written = peer.written(syncing)
+                changed |= self.find_broken(peer)
             except OSError:  # it ended; its connection says so soon
                 continue
             assert peer.process is not None
-            for region, index in broken:
-                self.mirror.hold(peer.process, region.vpn + index)
-                region.held_until[index] = FOREVER
-                changed = True
             for region, index in written:
                 self._holes_written(peer.process, region, index[region.where[index] == HOLE])
                 if region.tracked:  # only private mappings are: whatever was merged there is so no more
@@ -67,6 +67,15 @@ class Looking:
             for region, index in [*inherited, *self._released(peer)]:
                 self._queue(peer, region, index)
         return changed
+
+    def find_broken(self, peer: Peer) -> bool:
+        """Note which merged pages a client has written since; tell whether there are any."""
+        assert peer.process is not None
+        broken = peer.newly_broken()
+        for region, index in broken:
+            self.mirror.hold(peer.process, region.vpn + index)
+            region.held_until[index] = FOREVER
+        return bool(broken)
 
     def _holes_written(self, process: Process, region: Region, index: Int64) -> None:
         """Note that pages that were merged as zeros are there again, and leave them alone for a while: longer each time."""

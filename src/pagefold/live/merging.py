@@ -9,6 +9,8 @@ what the mirror wanted and the window refused is taken back in the mirror, and l
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 
 from pagefold.live import messages
@@ -49,7 +51,7 @@ class Merging:
         self.still_passes = 0  # and in which nothing was written either
         self.looking = Looking(self.mirror)
         self.past = Counts()  # of clients that are gone
-        self._looked = False  # since the last pass ended
+        self._looked = self._short = False  # since the last pass ended: looked at clients, had too little memory
         self._full_until = 0
 
     # --- clients ------------------------------------------------------------------------------------------------------------
@@ -103,11 +105,16 @@ class Merging:
 
     def sync(self, peer: Peer, region: Region) -> None:
         """Try everything in a region anew, whatever was refused before; and what others gave to merge, where windows are safe."""
-        self.syncing.add(region)
         others = (
-            other for one in self.peers.values() if one.windows_safe for other in one.regions.values() if other.quiet
+            other
+            for one in self.peers.values()
+            if one.windows_safe and not self.syncing  # else they were freed for the one before
+            for other in one.regions.values()
+            if other.quiet and other.holds
         )
-        for other in {region, *others}:
+        freed = {region, *others}
+        self.syncing.add(region)
+        for other in freed:
             held = np.flatnonzero((other.held_until > 0) & ~other.broken)
             other.held_until[held] = 1
             other.refusals[held] = 0
@@ -127,6 +134,12 @@ class Merging:
         """
         busy = self.reading or any(peer.pending and not peer.silent for peer in self.peers.values())
         return not busy and self.calm_passes >= self._quiet
+
+    def find_broken(self) -> None:
+        """Note what was written of what is merged; for a time in which nobody looks further."""
+        for peer in self.peers.values():
+            with contextlib.suppress(OSError):  # it ended; its connection says so soon
+                self.looking.find_broken(peer)
 
     @property
     def idle(self) -> bool:
@@ -157,7 +170,7 @@ class Merging:
             return True
         if self.mirror.at_start and not self._looked:
             self._looked = True
-            changed = self.looking.look(list(self.peers.values()))
+            changed = self.looking.look(list(self.peers.values()), self.syncing)
             if self.nodes > 1:
                 self.slots.sweep()  # a frame that was freed may be taken for one that moves: its slot would be lost
                 changed |= self.looking.follow_migrations(self.peers.values(), self.store, self.slots)
@@ -176,7 +189,9 @@ class Merging:
         self.mirror.engine.scan(min(pages, STEP_PAGES))
         self.carry_out()
         if self.mirror.passes != before:
-            self._looked = False
+            if not self._short:
+                self.full = ""  # whoever wanted more is gone, or has it
+            self._looked = self._short = False
             self.passes += 1
             self.calm_passes += 1
             self.still_passes += 1
@@ -257,7 +272,7 @@ class Merging:
 
     def _pause(self, why: str) -> None:
         """Ask for no more slots for a while."""
-        self.full = why
+        self.full, self._short = why, True
         self._full_until = self.looking.looks + _PAUSE
 
     def _take_back(self, peer: Peer, region: Region, index: Int64) -> None:
@@ -270,7 +285,8 @@ class Merging:
         """Ask a client to let pages map slots, HOLE or (0) pages of their own; refuse for it what it cannot do."""
         runs: list[Run] = []
         for region, index, target in wanted:
-            quiet = not self.may_ask(peer, region)
+            giving_back = peer.windows_safe and not target.any()
+            quiet = not giving_back and not self.may_ask(peer, region)
             news = (region.wanted[index] != target) | (region.broken[index] & (target != 0))
             index, target = index[news], target[news]
             if quiet or peer.crowded:

@@ -44,6 +44,7 @@ class Mirror:
         self.engine.keep_journal()
         self._used = 0  # pages of all areas: as many frames may be needed
         self._nobody = 0
+        self._areas: dict[tuple[int, int], int] = {}  # record of an area, by mm and first page
 
     @property
     def pages(self) -> int:
@@ -75,6 +76,7 @@ class Mirror:
         areas = world.vmas[: int(self._ctl["vmas_used"])]
         mine = areas[areas["mm"] == process.mm]
         self._used -= int((mine["end"] - mine["start"]).sum())
+        self._areas = {key: at for key, at in self._areas.items() if key[0] != process.mm}
         process.exit()
         self.machine.processes.remove(process)
 
@@ -87,6 +89,7 @@ class Mirror:
 
     def unmap(self, process: Process, region: Region) -> None:
         """Forget a region."""
+        self._areas.pop((process.mm, region.vpn), None)
         process.munmap(Area(region.vpn, region.pages))
         self._used -= region.pages
 
@@ -131,10 +134,19 @@ class Mirror:
     def frames_of(self, process: Process, region: Region) -> Int64:
         """Return the frame of each page of a region, 0 where none is present."""
         world = self.machine.world
-        areas = world.vmas[: int(self._ctl["vmas_used"])]
-        base = int(areas["pte_base"][(areas["mm"] == process.mm) & (areas["start"] == region.vpn)][0])
+        base = int(world.vmas[self._area(process.mm, region.vpn)]["pte_base"])
         entries = world.ptes[base : base + region.pages]
         return np.where(entries["flags"] & layout.PTE_PRESENT, entries["pfn"], 0).astype(np.int64)
+
+    def _area(self, mm: int, vpn: int) -> int:
+        """Return where the record of an area is; found once, it is where it was."""
+        areas = self.machine.world.vmas
+        at = self._areas.get((mm, vpn), 0)
+        if not at or areas[at]["mm"] != mm or areas[at]["start"] != vpn:
+            used = areas[: int(self._ctl["vmas_used"])]
+            at = int(np.flatnonzero((used["mm"] == mm) & (used["start"] == vpn))[0])
+            self._areas[mm, vpn] = at
+        return at
 
     def move_frame(self, frame: int, node: int) -> int:
         """Let a frame be on another node, for everyone who maps it; return the new frame, 0 if it cannot go."""
@@ -211,6 +223,11 @@ class Mirror:
     def contents_of(self, frames: Int64) -> NDArray[np.void]:
         """Return the hash of each frame, records of (hi, lo)."""
         answer: NDArray[np.void] = self.machine.world.contents[frames]
+        return answer
+
+    def sharers_of(self, frames: Int64) -> NDArray[np.int32]:
+        """Return how many pages map each frame."""
+        answer: NDArray[np.int32] = self.machine.world.frames["mapcount"][frames]
         return answer
 
     def frame_count(self) -> int:

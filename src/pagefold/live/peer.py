@@ -13,6 +13,7 @@ import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -172,8 +173,11 @@ class Peer:
             if begin < end
         ]
 
-    def written(self) -> list[tuple[Region, Int64]]:
-        """Return the pages that were written since the last call: private ones, by index; of untracked regions all that are there."""
+    def written(self, syncing: Collection[Region]) -> list[tuple[Region, Int64]]:
+        """Return the pages that were written since the last call: private ones, by index; of untracked regions all that are there.
+
+        Where windows are not safe untracked regions count while somebody waits for them: nothing happens to them else.
+        """
         answer = []
         tracked = sorted(
             (region for region in self.regions.values() if region.tracked), key=lambda region: region.start
@@ -192,7 +196,7 @@ class Peer:
                 if begin < stop:
                     answer.append((region, region.indices(address[begin:stop])))
         for region in self.regions.values():
-            if not region.tracked:
+            if not region.tracked and (self.windows_safe or region in syncing):
                 address = tracking.private_pages(self._pagemap, region.start, region.end)
                 if len(address):
                     answer.append((region, region.indices(address)))
@@ -217,7 +221,8 @@ class Peer:
                 continue
             start, end = region.start + int(merged[0]) * PAGE, region.start + (int(merged[-1]) + 1) * PAGE
             index = region.indices(tracking.private_pages(self._pagemap, start, end))
-            index = index[(region.where[index] > 0) & ~region.broken[index]]
+            settled = region.wanted[index] == region.where[index]  # else it may just have been given back
+            index = index[(region.where[index] > 0) & ~region.broken[index] & settled]
             if len(index):
                 region.broken[index] = True
                 self.counts.cow_breaks += len(index)

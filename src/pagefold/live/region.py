@@ -39,6 +39,7 @@ class Region:
         )  # the pass from which a page that was refused may merge again; 0: now
         self.refusals = np.zeros(pages, np.uint8)  # in a row, for the back-off
         self.holds = False  # whether any page is held
+        self.told = (0, 0)  # pages that the last answer to a SYNC called merged, and bytes it called saved
         self.status = np.zeros(pages, np.uint8)  # what became of each page at last; 0: nothing yet, or merged
 
     @property

@@ -73,6 +73,7 @@ def clients(merging: Merging) -> list[dict[str, Any]]:
                 "command": peer.command(),
                 "node_pages": _node_pages(merging, peer),
                 "regions": len(regions),
+                "ignored_regions": len(peer.ignored),
                 "pages": peer.tracked_pages,
                 "merged_pages": sum(int(np.count_nonzero(region.merged())) for region in regions),
                 "zero_pages": sum(int(np.count_nonzero(region.where < 0)) for region in regions),
@@ -126,20 +127,31 @@ def groups(merging: Merging) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -int(str(row["bytes"])))[:_GROUPS]
 
 
-def region_report(region: Region, before: int) -> dict[str, Any]:
-    """Return the fields of SYNCED for a region of which `before` pages were merged already."""
+def merged_and_saved(merging: Merging, peer: Peer, region: Region) -> tuple[int, int]:
+    """Return how many pages of a region are merged, and the bytes that saves: each has its share in the slot it maps."""
+    assert peer.process is not None
+    merged = region.merged()
+    sharers = merging.mirror.sharers_of(merging.mirror.frames_of(peer.process, region)[merged])
+    holes = int(np.count_nonzero(region.where < 0))
+    saved = float((1 - 1 / np.maximum(sharers, 1)).sum()) + holes
+    return int(np.count_nonzero(merged)) + holes, round(saved * PAGE)
+
+
+def region_report(merging: Merging, peer: Peer, region: Region) -> dict[str, Any]:
+    """Return the fields of SYNCED for a region; what was told before, or was merged before the call, is told as merged already."""
     merged = region.merged()
     holes = region.where < 0
+    (now, saved), (before, saved_before) = merged_and_saved(merging, peer, region), region.told
+    region.told = now, saved
     status = np.where(region.broken, messages.BROKEN, region.status)[~merged & ~holes]
     by_status = np.bincount(status, minlength=messages.STATUSES)
-    now = int(np.count_nonzero(merged) + np.count_nonzero(holes))
     by_status[messages.UNKNOWN] += by_status[messages.MERGED] + by_status[messages.ALREADY]  # merged once, not now
     by_status[messages.MERGED], by_status[messages.ALREADY] = max(now - before, 0), min(before, now)
     return {
         "pages": region.pages,
         "by_status": by_status.astype(np.uint64),
         "zero_pages": int(np.count_nonzero(holes)),
-        "saved_bytes": max(now - before, 0) * PAGE,
+        "saved_bytes": max(saved - saved_before, 0),
     }
 
 
