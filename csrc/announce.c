@@ -140,6 +140,8 @@ void pf_announce_forget(void) {
 
 void pf_announce_child(void) {
     pthread_mutex_init(&lock, NULL);
+    known = NULL; /* left as it is: the fork may have come between its move and the note of where it went */
+    room = 0;
     count = dead = 0;
     seen = 0;
     ringed = 0;
