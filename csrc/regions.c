@@ -43,19 +43,6 @@ static void after_fork_in_parent(void) {
     pf_w_unlock();
 }
 
-/* The child has no agent, no userfaultfd (its registrations are not inherited) and no other thread. */
-static void after_fork_in_child(void) {
-    atomic_store(&waiting, 0);
-    for (uint32_t i = 0; i < count; i++)
-        entries[i].region->tracked = 0;
-    pf_kit_forget();
-    pf_w_unlock();
-}
-
-static void __attribute__((constructor)) watch_forks(void) {
-    pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
-}
-
 void pf_w_lock(void) {
     atomic_fetch_add(&waiting, 1);
     pthread_mutex_lock(&window_mutex);
@@ -143,6 +130,39 @@ static bool make_room(void) {
     return true;
 }
 
+static void take_out(const struct pf_region *region) {
+    const uint32_t at = index_above(region->start), number = index_after(region->id) - 1;
+    count--;
+    memmove(entries + at, entries + at + 1, (count - at) * sizeof *entries);
+    memmove(numbered + number, numbered + number + 1, (count - number) * sizeof *numbered);
+    all_pages -= region->pages;
+    unseen -= region->suits == PF_UNSEEN;
+    refused -= region->suits < 0;
+    refused_pages -= region->suits < 0 ? region->pages : 0;
+}
+
+/* The child has no agent, no userfaultfd (its registrations are not inherited) and no other thread: nobody will end the
+ * regions that were closing, and their memory may be another's. */
+static void after_fork_in_child(void) {
+    atomic_store(&waiting, 0);
+    for (uint32_t i = 0; i < count;) {
+        struct pf_region *region = entries[i].region;
+        if (region->closing) {
+            take_out(region);
+            munmap(region, record_bytes(region->pages));
+        } else {
+            region->tracked = 0;
+            i++;
+        }
+    }
+    pf_kit_forget();
+    pf_w_unlock();
+}
+
+static void __attribute__((constructor)) watch_forks(void) {
+    pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+}
+
 int64_t pf_region_add(uint64_t start, uint64_t bytes, uint32_t quiet, uint32_t vma) {
     const uint64_t pages = bytes / PF_PAGE;
     if (start % PF_PAGE || bytes % PF_PAGE || !pages || start + bytes < start || pages > UINT64_MAX / 16 / PF_PAGE)
@@ -213,16 +233,8 @@ int pf_region_abandon(int64_t id) {
 int pf_region_remove(int64_t id) {
     pf_w_lock();
     struct pf_region *region = find(id);
-    if (region) {
-        const uint32_t at = index_above(region->start), number = index_after(id) - 1;
-        count--;
-        memmove(entries + at, entries + at + 1, (count - at) * sizeof *entries);
-        memmove(numbered + number, numbered + number + 1, (count - number) * sizeof *numbered);
-        all_pages -= region->pages;
-        unseen -= region->suits == PF_UNSEEN;
-        refused -= region->suits < 0;
-        refused_pages -= region->suits < 0 ? region->pages : 0;
-    }
+    if (region)
+        take_out(region);
     pf_w_unlock();
     if (!region)
         return -ENOENT;

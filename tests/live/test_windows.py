@@ -567,6 +567,28 @@ def test_a_forked_child_has_the_regions_and_opens_a_kit_of_its_own(advised: Advi
     assert advised.files() == list(range(8))
 
 
+def test_a_region_that_was_ending_at_a_fork_has_ended_in_the_child(windows: Windows) -> None:
+    """Whoever was ending it is not there to go on; the memory, right as it is, can be advised again."""
+    ending, staying = Advised(windows), Advised(windows)
+    ending.swap(0, 16)
+    assert windows.region_close(ending.region) == 0
+
+    def child() -> None:
+        about = Region()
+        assert not windows.region_get(ending.region, ctypes.byref(about))
+        assert not windows.region_at(ending.memory.start, ctypes.byref(about))
+        assert windows.region_get(staying.region, ctypes.byref(about))
+        assert windows.region_remove(ending.region) == -errno.ENOENT
+        assert windows.region_add(ending.memory.start, RUNS * PAGE, 0, 0) > staying.region
+        assert [ending.memory[page] for page in range(RUNS)] == ending.expected
+
+    in_child(child)
+    about = Region()
+    assert windows.region_get(ending.region, ctypes.byref(about))
+    for made in (ending, staying):
+        made.end()
+
+
 def _as_nobody() -> None:
     os.setgroups([])
     os.setgid(65534)
