@@ -9,6 +9,7 @@
 
 #include "command.h"
 #include "link.h"
+#include "regions.h"
 
 #define MOST_AT_A_TIME 32u /* that the daemon is asked for */
 
@@ -21,7 +22,7 @@ struct waiter {
     struct waiter *next;
 };
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of all below; held for a few instructions */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of all below; held for a few instructions (and W in it) */
 static pthread_cond_t changed;
 static enum pf_link_phase phase = PF_LINK_NONE;
 static struct waiter *waiters;
@@ -63,6 +64,7 @@ void pf_waiting_lost(enum pf_link_phase next) {
 }
 
 bool pf_waiting_next(bool (*known)(int64_t region), uint64_t *token, int64_t *region) {
+    struct pf_region about;
     bool found = false;
     uint32_t sent = 0;
     pthread_mutex_lock(&lock);
@@ -72,11 +74,15 @@ bool pf_waiting_next(bool (*known)(int64_t region), uint64_t *token, int64_t *re
         if (at->phase != ASKED)
             continue;
         found = known(at->region); /* a search in memory, no lock */
-        at->phase = found ? SENT : ANSWERED;
-        at->error = -ENOENT;
-        *token = at->token;
-        *region = at->region;
-        pthread_cond_broadcast(&changed);
+        if (found) {
+            at->phase = SENT;
+            *token = at->token;
+            *region = at->region;
+        } else if (!pf_region_get(at->region, &about) || about.closing) {
+            at->phase = ANSWERED;
+            at->error = -ENOENT;
+            pthread_cond_broadcast(&changed);
+        } /* else the daemon is told of it soon, and who tells it asks here again */
     }
     pthread_mutex_unlock(&lock);
     return found;

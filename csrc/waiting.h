@@ -19,7 +19,8 @@ void pf_waiting_lost(enum pf_link_phase next);
 
 /* From the link's thread: */
 /* Take the next merge that the daemon was not asked for yet; false: none, or it was asked for enough at a time. `known`
- * says whether the daemon knows the region; if not, the caller is answered and the next is tried. */
+ * says whether the daemon knows the region. If not, it will be told of it (and this is asked again then), or the region went,
+ * and then the caller is answered. */
 bool pf_waiting_next(bool (*known)(int64_t region), uint64_t *token, int64_t *region);
 void pf_waiting_answer(const struct pf_synced *synced);
 /* Begin a plain swap in a region; false: nobody promised anything. */
