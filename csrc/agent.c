@@ -143,13 +143,9 @@ static int64_t do_advise(struct pf_job *job) {
     end_noted(); /* what we still track of earlier does not look suitable */
     pf_array_grow_up(job->start);
     int suits = pf_suitable(job->start, job->bytes, NULL);
-    if (suits < 0) {
+    if (suits < 0)
         /* Memory that is advised already does not look suitable once it is merged: that is the better answer then. */
-        int64_t region = pf_region_add(job->start, job->bytes, 1, 0);
-        if (region > 0)
-            pf_region_remove(region);
-        return region == -EEXIST ? -EEXIST : suits;
-    }
+        return pf_region_overlaps(job->start, job->bytes) ? -EEXIST : suits;
     return pf_agent_advise(job->start, job->bytes, job->quietly, (uint32_t)suits);
 }
 

@@ -159,7 +159,8 @@ static void after_fork_in_child(void) {
     pf_w_unlock();
 }
 
-static void __attribute__((constructor)) watch_forks(void) {
+/* 101: before those of all other files, so that this prepare runs last; see regions.h. */
+static void __attribute__((constructor(101))) watch_forks(void) {
     pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 }
 
@@ -317,14 +318,10 @@ void pf_region_totals(uint32_t *number, uint64_t *pages) {
     pf_w_unlock();
 }
 
-uint64_t pf_region_extent_pages(uint32_t extent) {
-    uint64_t found = 0;
+bool pf_region_overlaps(uint64_t start, uint64_t bytes) {
     pf_w_lock();
-    for (uint32_t i = 0; i < count; i++)
-        for (uint64_t page = 0; page < entries[i].region->pages; page++) {
-            uint64_t where = entries[i].region->where[page];
-            found += where && PF_WHERE_EXTENT(where) == extent;
-        }
+    const uint32_t at = index_above(start);
+    const bool found = at < count && entries[at].start < start + bytes;
     pf_w_unlock();
     return found;
 }

@@ -84,8 +84,8 @@ bool pf_region_at(uint64_t address, struct pf_region *copy);
 int pf_region_where(int64_t id, uint64_t first, uint64_t pages, uint64_t *out);
 /* Regions and their pages, without those whose mapping does not suit. */
 void pf_region_totals(uint32_t *regions, uint64_t *pages);
-/* Pages of all regions that map a slot of this extent: 0 means that its descriptor and view are not needed for them. */
-uint64_t pf_region_extent_pages(uint32_t extent);
+/* Whether a region, closing or not, has memory of this. */
+bool pf_region_overlaps(uint64_t start, uint64_t bytes);
 
 /* Take and release W. pf_w_lock is for everybody but the window loop: it asks the windows to give way. The loop itself
  * takes pf_w_lock_window, which first lets those that wait go ahead (glibc's mutexes are not fair). */

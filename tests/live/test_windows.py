@@ -140,7 +140,7 @@ def test_equal_pages_become_the_slots(advised: Advised) -> None:
     advised.check()
     assert advised.files() == list(range(RUNS))
     assert [about for _, _, about, _ in advised.memory.mappings()] == ["rw-p /memfd:slots (deleted)"]
-    assert advised.windows.region_extent_pages(1) == RUNS
+    assert {where >> 32 for where in advised.windows.where(advised.region, RUNS)} == {1}
     advised.write(3, b"mine")
     assert os.pread(advised.slots.fd, PAGE, 3 * PAGE) == content(3)
     assert 3 not in advised.files()
@@ -406,8 +406,8 @@ def test_merged_pages_move_to_other_slots(advised: Advised) -> None:
     other = Slots(others, extent=2)
     fates = {3: Status.BROKEN, 7: Status.DIFFERS}
     assert advised.swap(0, 16, other.at(0)) == [fates.get(page, Status.MERGED) for page in range(16)]
-    assert advised.windows.region_extent_pages(1) == 2
-    assert advised.windows.region_extent_pages(2) == 14
+    extents = [where >> 32 for where in advised.windows.where(advised.region, RUNS)]
+    assert (extents.count(1), extents.count(2)) == (2, 14)
     advised.check()
     advised.write(5, b"written")
     assert os.pread(other.fd, PAGE, 5 * PAGE) == content(5)

@@ -159,7 +159,7 @@ class Windows:
             ("pf_region_at", ctypes.c_bool, [u64, ctypes.POINTER(Region)]),
             ("pf_region_where", ctypes.c_int, [i64, u64, u64, ctypes.POINTER(u64)]),
             ("pf_region_totals", None, [ctypes.POINTER(u32), ctypes.POINTER(u64)]),
-            ("pf_region_extent_pages", u64, [u32]),
+            ("pf_region_overlaps", ctypes.c_bool, [u64, u64]),
         ):
             function = getattr(self.calls, name)
             function.restype, function.argtypes = result, arguments
