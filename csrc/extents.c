@@ -27,7 +27,8 @@ static uint32_t used;
 static uint32_t numbers; /* given out so far; a forked child goes on counting */
 
 /* Sealed, so that nobody can write to a slot any more, punch it out or cut it off: the argument of window.c and our not
- * dying of SIGBUS rest on that, so it is asked of the kernel and not of the daemon. */
+ * dying of SIGBUS rest on that, so it is asked of the kernel and not of the daemon. One thing cannot be asked and is assumed:
+ * under SEAL_FUTURE_WRITE a writable mapping made before stays, and the daemon is believed to have none (store.py). */
 static bool sealed(int fd, uint32_t slots) {
     struct stat about;
     struct statfs system;

@@ -15,7 +15,7 @@
 #define PF_FAULT_H
 
 #define PF_FAULT_WINDOW 0  /* window.c, swap of private pages */
-#define PF_FAULT_REMAP 1   /* window.c, from slot to slot */
+#define PF_FAULT_REMAP 1   /* remap.c, from slot to slot */
 #define PF_FAULT_RESTORE 2 /* restore.c */
 #define PF_FAULT_LINK 3    /* link.c */
 #define PF_FAULT_STORE 4   /* embedded.c */

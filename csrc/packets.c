@@ -22,7 +22,6 @@ static bool on_extent(const struct pf_extent *extent, int fd, bool lost) {
     return fine;
 }
 
-/* `run` = 2 at the daemon: everything private again. */
 /* How many of these runs are neighbours of one region that shall all be given back: one restore does them, which may have to clone
  * the process, and that once. */
 static uint32_t neighbours(const struct pf_run *runs, uint32_t count) {
@@ -33,6 +32,7 @@ static uint32_t neighbours(const struct pf_run *runs, uint32_t count) {
     return n;
 }
 
+/* `run` = 2 at the daemon: everything private again. */
 static void give_back(int64_t id, uint64_t start, uint32_t pages, bool plain, uint8_t *status) {
     static uint64_t where[PF_BATCH_PAGES]; /* of the one thread that is here */
     struct pf_region region;

@@ -10,7 +10,8 @@
  *     looks at the entry after it counted itself: one of them sees the other. A page that a forked process shares is
  *     refused too. Who found the page by address and writes under mmap_lock (ptrace, /proc/PID/mem) has ended when the
  *     barrier returns, because the barrier needs that lock for writing.
- *  3. So equality of a page in scratch with its slot, found after the barrier, is final: the slot never changes either.
+ *  3. So equality of a page in scratch with its slot, found after the barrier, is final: the slot never changes either
+ *     (sealed; that the daemon has no writable mapping left from before is assumed: extents.c).
  *  4. Only then the run is mapped to the slots, in one step per stretch. Before it an access waits, after it an access
  *     sees the same bytes; the waiters that the old mapping had are woken at the end and look again.
  *  5. An error of MOVE does not say what was moved: Linux 6.18 reports EEXIST after it had moved all. Moved is what
