@@ -17,6 +17,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
@@ -40,7 +41,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of these three; held
 static char wanted_path[PF_LINK_PATH];
 static bool path_changed, stopping;
 
-static bool running; /* of the command thread: the link's thread exists */
+static atomic_bool running; /* the link's thread exists; set by the command thread */
 static pthread_t thread;
 static void *thread_stack;
 static int kick_fd = -1;
@@ -365,7 +366,8 @@ void pf_link_stop(void) {
 void pf_link_child(void) {
     pthread_mutex_init(&lock, NULL);
     wanted_path[0] = 0;
-    path_changed = stopping = running = greeted = false;
+    path_changed = stopping = greeted = false;
+    running = false;
     kick_fd = link_fd = -1;
     daemon_pid = 0;
     retry_at = 0;

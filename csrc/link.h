@@ -13,7 +13,7 @@
 
 /* From the command thread only: */
 int pf_link_go(const char *path); /* connect to that daemon from now on; "": to none. 0, or a negative errno */
-void pf_link_kick(void);          /* regions came or went, or someone waits for a merge */
+void pf_link_kick(void);          /* (also from the link's own thread) regions came or went, or someone waits for a merge */
 void pf_link_stop(void);          /* end the thread; extents and socket are closed, memory stays as it is */
 
 /* From any thread: */
