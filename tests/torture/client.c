@@ -112,7 +112,7 @@ void client_run(struct member *me) {
     look(me);
     if (left_behind != before)
         verdict_failed("the end", "pages could not be given back although nothing is pinned", (int64_t)(left_behind - before));
-    uint64_t foreign = arena_foreign_pages();
+    uint64_t foreign = foreign_pages(0, arena.pages);
     if (foreign > before)
         verdict_failed("the end", "pages are not plain anonymous memory", (int64_t)foreign);
     error = pf_stop();

@@ -1,4 +1,5 @@
 /* Own the doors to the agent's windows, called as the agent's own threads do, and to none. */
+#include <errno.h>
 #include <string.h>
 
 #include "../../csrc/regions.h"
@@ -19,9 +20,9 @@ static int64_t agent_advise(uint64_t start, uint64_t bytes) {
 }
 
 static int64_t agent_unadvise(int64_t region, uint64_t start, uint64_t pages) {
-    int closed = pf_region_close(region);
-    if (closed)
-        return closed;
+    struct pf_region about;
+    if (pf_region_close(region) && !pf_region_get(region, &about))
+        return -ENOENT; /* else it is closed since the last call */
     int64_t refused = pf_restore(start, pages, 0);
     if (refused)
         return refused;

@@ -6,8 +6,8 @@
 #include "arena.h"
 #include "merger.h"
 
-uint64_t arena_foreign_pages(void) {
-    uint64_t first = (uint64_t)arena.bytes, end = (uint64_t)page_at(arena.pages), plain = 0, from, to, inode;
+uint64_t foreign_pages(uint32_t page, uint32_t pages) {
+    uint64_t first = (uint64_t)page_at(page), end = (uint64_t)page_at(page + pages), plain = 0, from, to, inode;
     char line[512], access[8];
     FILE *maps = fopen("/proc/thread-self/maps", "re");
     while (maps && fgets(line, sizeof line, maps)) {
@@ -20,5 +20,5 @@ uint64_t arena_foreign_pages(void) {
     }
     if (maps)
         fclose(maps);
-    return arena.pages - plain;
+    return pages - plain;
 }

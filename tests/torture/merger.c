@@ -10,6 +10,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "../../csrc/regions.h"
 #include "adverse.h"
 #include "arena.h"
 #include "door.h"
@@ -272,7 +273,7 @@ static void end_regions(void) {
         if (refused)
             verdict_failed("the end", "pages of a region could not be given back although nothing is pinned", refused);
     }
-    uint64_t foreign = arena_foreign_pages();
+    uint64_t foreign = foreign_pages(0, arena.pages);
     if (foreign)
         verdict_failed("the end", "pages are not plain anonymous memory", (int64_t)foreign);
 }
@@ -338,11 +339,17 @@ static void merge_in_child(struct member *me) {
             run_window(me, region, first, pages, below(&me->chance, 8) ? &own : NULL);
     }
     adverse_end();
-    for (region = 0; region < REGIONS; region++)
-        if (give_back(region_first(region), region_pages(region)) && !options_kind("limit"))
+    for (region = 0; region < REGIONS; region++) {
+        struct pf_region about;
+        first = region_first(region);
+        const uint32_t pages = region_pages(region);
+        if (!pf_region_get(atomic_load(&region_ids[region]), &about))
+            continue; /* it was ending when the child was made, and nobody ends it here: its pages stay as they are */
+        if (give_back(first, pages) && !options_kind("limit"))
             verdict_failed(me->name, "a child could not give its pages back", region);
-    if (arena_foreign_pages() && !options_kind("limit"))
-        verdict_failed(me->name, "a child's pages are not plain anonymous memory", (int64_t)arena_foreign_pages());
+        if (foreign_pages(first, pages) && !options_kind("limit"))
+            verdict_failed(me->name, "a child's pages are not plain anonymous memory", (int64_t)foreign_pages(first, pages));
+    }
     retire(&own);
     if (!extent_free(&own, arena.groups) && !options_kind("limit"))
         verdict_failed(me->name, "a child's extent is still mapped", 0);

@@ -36,6 +36,6 @@ extern _Atomic int merger_finish;
 extern char merger_why[PF_TEXT];
 extern _Atomic int merger_open; /* 0 not yet, 1 open, -1 impossible */
 /* Look into /proc/self/maps: pages of the arena that are not in a private anonymous mapping that may be read and written. */
-uint64_t arena_foreign_pages(void);
+uint64_t foreign_pages(uint32_t page, uint32_t pages);
 
 #endif
