@@ -79,12 +79,12 @@ static uint64_t record_bytes(uint64_t pages) {
     return round_up(sizeof(struct pf_region) + pages * sizeof(uint64_t));
 }
 
-/* First index whose region ends above `address`. */
-static uint32_t index_above(uint64_t address) {
+/* First index in a sorted table, of rows of `words` words with the key in `keys[0]`, whose key is above this one. */
+static uint32_t first_above(const uint64_t *keys, uint32_t words, uint64_t key) {
     uint32_t low = 0, high = count;
     while (low < high) {
         uint32_t middle = low + (high - low) / 2;
-        if (entries[middle].end > address)
+        if (keys[(size_t)middle * words] > key)
             high = middle;
         else
             low = middle + 1;
@@ -92,17 +92,14 @@ static uint32_t index_above(uint64_t address) {
     return low;
 }
 
+/* First index whose region ends above `address`. */
+static uint32_t index_above(uint64_t address) {
+    return count ? first_above(&entries->end, sizeof *entries / sizeof(uint64_t), address) : 0;
+}
+
 /* First index in `numbered` whose id is above `id`. */
 static uint32_t index_after(int64_t id) {
-    uint32_t low = 0, high = count;
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (numbered[middle].id > id)
-            high = middle;
-        else
-            low = middle + 1;
-    }
-    return low;
+    return count ? first_above((const uint64_t *)&numbered->id, sizeof *numbered / sizeof(uint64_t), (uint64_t)id) : 0;
 }
 
 static bool make_room(void) {

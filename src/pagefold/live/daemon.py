@@ -2,13 +2,12 @@
 
 Why one client cannot harm another: what it sends is checked where it arrives (`peer.py`), and whoever sends nonsense is dropped; what it
 may make us keep is bounded; nobody writes to the store but us, and nobody's pages are touched but by their own process.
-Must not know: how pages are merged. One module of more than 400 lines: loop, connections and questions share one state.
+Must not know: how pages are merged.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import resource
 import selectors
@@ -20,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from pagefold.errors import CorruptionError, EngineStopped, PagefoldError
+from pagefold.errors import CorruptionError, PagefoldError
 from pagefold.live import control, domain, judge, messages, report, sd_notify
 from pagefold.live.knobs import MAX_CPU_PERCENT, check
 from pagefold.live.merging import STEP_PAGES, Merging
 from pagefold.live.messages import BadMessage
 from pagefold.live.mirror import warm_up
 from pagefold.live.peer import Peer
-from pagefold.live.region import Region
 from pagefold.live.tidying import Tidying
+from pagefold.live.waits import Waits
 from pagefold.sources.nodes import online_nodes
 
 DEFAULTS: dict[str, int | str] = {
@@ -44,9 +43,6 @@ _LONGEST_SLEEP = 3600.0  # seconds; epoll knows no more than some weeks
 _IDLE_SECONDS = (0.02, 1.0)  # rest while nothing changes: doubles from the first to the second
 _SAMPLE_SECONDS = 0.5  # between two looks at what is saved, and at what can be freed
 _MOST_PEERS = 16384
-_MOST_WAITS = 64  # of one connection at a time, for merging or for its end
-_LONGEST_WAIT = 1e6  # seconds that anybody waits for the end of merging
-_SYNC_PASSES = 3  # one to learn a page, one to enter a tree, one to meet an equal there
 
 
 class Daemon:
@@ -64,12 +60,11 @@ class Daemon:
         self.max_cpu_percent = check(MAX_CPU_PERCENT, wanted.pop(MAX_CPU_PERCENT))
         self.merging = Merging(max(online_nodes()) + 1, wanted)
         self._tidying = Tidying(self.merging)
+        self._waits = Waits(self.merging)
         self.notes: dict[str, str] = {}
         self.history: list[tuple[float, int]] = []
         self.settled_at: float | None = None
         self.peers: dict[int, Peer] = {}  # by descriptor of its connection
-        self._waiting: list[tuple[Peer, float, int]] = []  # for "settled": until when, looks before
-        self._syncs: list[tuple[Peer, int, Region, int]] = []  # peer, token, region, passes when it may be answered
         self._rest = _IDLE_SECONDS[0]
         self._next_work = 0.0
         self._not_before = 0.0  # by max_cpu_percent
@@ -160,7 +155,7 @@ class Daemon:
             self._begin()
         if self._ready and time.monotonic() >= self._next_work:
             self._work()
-        self._answer_waiting()
+        self._next_work = min(self._next_work, self._waits.answer())
         for peer in list(self.peers.values()):
             if peer.wants_to_send:
                 self._watch(peer)
@@ -181,7 +176,7 @@ class Daemon:
             self._rest = _IDLE_SECONDS[0]
             pause = max(used * 100 / self.max_cpu_percent - (now - began), 0.0)
             self._not_before = now + pause
-            if not self._pages_left and not self._syncs:
+            if not self._pages_left and not self._waits.merging_wanted:
                 pause = max(pause, int(engine.get("sleep_millisecs")) / 1000)
         else:
             pause = max(self._rest, used * 100 / self.max_cpu_percent - (now - began))
@@ -254,8 +249,7 @@ class Daemon:
         with contextlib.suppress(KeyError):  # it waits in _early
             self._selector.unregister(peer.connection)
         self.merging.leave(peer)
-        self._waiting = [one for one in self._waiting if one[0] is not peer]
-        self._syncs = [one for one in self._syncs if one[0] is not peer]
+        self._waits.leave(peer)
         peer.close()
         self._hurry()
 
@@ -315,7 +309,8 @@ class Daemon:
         elif kind == messages.OUTCOME:
             self.merging.outcome(peer, said)
         elif kind == messages.SYNC:
-            self._sync(peer, said)
+            if self._waits.sync(peer, said):
+                self._next_work = 0.0
         else:
             raise BadMessage(f"client {peer.pid} sent a message of type {kind}")
         if kind != messages.OUTCOME:
@@ -332,81 +327,18 @@ class Daemon:
         packet = messages.pack(messages.WELCOME, has_device=int(send_device))
         peer.send(packet, [os.dup(self.device)] if send_device else [])
 
-    def _sync(self, peer: Peer, said: np.void) -> None:
-        region = peer.regions.get(int(said["region"]))
-        token = int(said["token"])
-        if int(said["region"]) in peer.ignored:
-            peer.send(messages.pack(messages.SYNCED, token=token, error=-errno.ENOMEM))
-            return
-        if region is None or sum(one[0] is peer for one in self._syncs) >= _MOST_WAITS:
-            raise BadMessage(f"client {peer.pid} wants region {int(said['region'])} merged, which it did not advise")
-        if self.merging.mirror.engine.get("run") != 1:
-            peer.send(messages.pack(messages.SYNCED, token=token, error=-errno.EAGAIN))
-            return
-        self.merging.sync(peer, region)
-        if not region.quiet:  # what was merged in the background before is not of this call
-            region.told = report.merged_and_saved(self.merging, peer, region)
-        self._syncs.append((peer, token, region, self.merging.passes + _SYNC_PASSES + 1))
-        self._next_work = 0.0
-
-    def _answer_waiting(self) -> None:
-        """Answer those who wait for merging or for the end of it, if that has come."""
-        merging = self.merging
-        stopped = merging.mirror.engine.get("run") != 1
-        for entry in list(self._syncs):
-            peer, token, region, passes = entry
-            busy = peer.pending or merging.reading
-            if not stopped and (busy or (merging.passes < passes and not merging.idle)):
-                continue
-            self._syncs.remove(entry)
-            if not any(other[2] is region for other in self._syncs):
-                merging.syncing.discard(region)
-            if peer.regions.get(region.number) is not region:
-                answer = {"error": -errno.ENOENT}  # it was let go in the meantime
-            else:
-                answer = {"error": -errno.EAGAIN} if stopped else report.region_report(merging, peer, region)
-            peer.send(messages.pack(messages.SYNCED, token=token, **answer))
-        if self._waiting:
-            now = time.monotonic()
-            for wait in list(self._waiting):
-                peer, until, looks = wait
-                settled = merging.settled_since(looks) and not stopped
-                if settled or now >= until or stopped:
-                    self._waiting.remove(wait)
-                    self._say(peer, {"ok": True, "settled": settled})
-                else:
-                    self._next_work = min(self._next_work, until)
-
     # --- the command line ---------------------------------------------------------------------------------------------------------
-
-    def _say(self, peer: Peer, answer: dict[str, Any]) -> None:
-        for packet in control.pack(answer):
-            peer.send(packet)
 
     def _control(self, peer: Peer, body: bytes) -> None:
         try:
             request = control.parse_request(body)
             if request["verb"] == "settled":
-                self._wait_settled(peer, request)
+                if self._waits.settled(peer, request):
+                    self._hurry()
                 return
-            self._say(peer, {"ok": True, **self._answer(request)})
+            peer.say({"ok": True, **self._answer(request)})
         except PagefoldError as error:
-            self._say(peer, control.failure(error))
-
-    def _wait_settled(self, peer: Peer, request: dict[str, Any]) -> None:
-        run = self.merging.mirror.engine.get("run")
-        if run != 1:
-            raise EngineStopped(f"run is {run}: nothing is merged; use `pagefold set run=1`")
-        seconds = request.get("timeout")
-        if not isinstance(seconds, int | float) or not 0 <= seconds < _LONGEST_WAIT:  # NaN is not either
-            seconds = _LONGEST_WAIT
-        if sum(one[0] is peer for one in self._waiting) >= _MOST_WAITS:
-            raise control.Refused(f"one connection waits {_MOST_WAITS} times already; wait for an answer first", 2)
-        if not seconds:  # nobody waits for another look
-            self._say(peer, {"ok": True, "settled": self.merging.settled})
-            return
-        self._waiting.append((peer, time.monotonic() + seconds, self.merging.looking.looks))
-        self._hurry()
+            peer.say(control.failure(error))
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         verb = request["verb"]

@@ -110,7 +110,7 @@ class Handle:
         why_not: dict[str, int],
         note: Callable[[], str],
         release: Callable[[Hold], int],
-        look: Callable[[Hold], None] = lambda hold: None,
+        look: Callable[[Hold], None],
     ) -> None:
         self._why_not = why_not
         self._refused = hold.why_not  # grows when the pages are looked at

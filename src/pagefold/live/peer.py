@@ -16,11 +16,12 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pagefold.errors import NoSuchProcess
-from pagefold.live import messages, tracking
+from pagefold.live import control, messages, tracking
 from pagefold.live.messages import PAGE, BadMessage
 from pagefold.live.region import Int64, Region
 from pagefold.machine import Process
@@ -243,6 +244,11 @@ class Peer:
             return None
         except OSError:
             return b""
+
+    def say(self, answer: dict[str, Any]) -> None:
+        """Answer a question of the command line, after all that was sent before."""
+        for packet in control.pack(answer):
+            self.send(packet)
 
     def send(self, packet: bytes, fds: list[int] | None = None) -> None:
         """Send a packet, or queue it; the descriptors are closed once sent."""
