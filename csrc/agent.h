@@ -79,8 +79,8 @@ int64_t pf_advise(uint64_t start, uint64_t bytes, uint32_t quietly);
  * daemon hears of it, or at the first pf_merge. Until then nothing touches it. Costs some 30 us, pf_advise what the reading of
  * /proc/self/smaps takes. */
 int64_t pf_advise_unseen(uint64_t start, uint64_t bytes, uint32_t quietly);
-/* 0: the region's mapping can be merged; or the error that pf_advise would have given. Then it stays a region that nothing
- * touches, until it is ended. -ENOENT. */
+/* 0: the region's mapping can be merged; or the error that pf_advise would have given. After -EOPNOTSUPP and -ENOMEM it stays
+ * a region that nothing touches, until it is ended; other errors pass: ask again. -ENOENT. */
 int pf_suits(int64_t region);
 /* The region that holds `address`, its first address and bytes; -ENOENT. */
 int64_t pf_find(uint64_t address, uint64_t *start, uint64_t *bytes);

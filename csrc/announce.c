@@ -6,11 +6,13 @@
 #include <stddef.h>
 #include <sys/mman.h>
 
+#include "command.h"
 #include "link.h"
 #include "look.h"
 
 #define RING 1024u
 #define FIRST_ROOM 4096u /* numbers */
+#define AGAIN_MS 1000u
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of the ring */
 static int64_t ring[RING];
@@ -24,6 +26,7 @@ static struct known {
 } *known;
 static size_t count, room, dead;
 static int64_t seen; /* the highest number that the registry had when we last looked */
+static uint64_t again; /* when to look once more, after a look that failed for the time being; 0: not */
 
 void pf_announce_gone(int64_t region) {
     pthread_mutex_lock(&lock);
@@ -103,11 +106,12 @@ bool pf_announce(void) {
     struct pf_region region;
     int64_t upto = seen;
     /* 0. A region that nobody looked at is not announced, and none above it: numbers are told ascending. */
-    pf_look();
+    again = pf_look() ? pf_now_ms() + AGAIN_MS : 0;
     /* 1. What is there now? Only the highest number need be kept: numbers grow, and each is looked up again in step 3. */
     while (pf_region_next(upto, &region)) {
         if (region.suits == PF_UNSEEN) {
-            pf_link_kick();
+            if (!again)
+                pf_link_kick();
             break;
         }
         upto = region.id;
@@ -125,6 +129,10 @@ bool pf_announce(void) {
     return true;
 }
 
+uint64_t pf_announce_again(void) {
+    return again;
+}
+
 bool pf_announced(int64_t region) {
     return find(region) != NULL;
 }
@@ -132,6 +140,7 @@ bool pf_announced(int64_t region) {
 void pf_announce_forget(void) {
     count = dead = 0;
     seen = 0;
+    again = 0;
     pthread_mutex_lock(&lock);
     ringed = 0;
     overflow = false;
@@ -144,6 +153,7 @@ void pf_announce_child(void) {
     room = 0;
     count = dead = 0;
     seen = 0;
+    again = 0;
     ringed = 0;
     overflow = false;
 }

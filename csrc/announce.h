@@ -13,6 +13,7 @@ void pf_announce_gone(int64_t region);
 
 /* From the link's thread: */
 bool pf_announce(void);             /* say what is new since the last call; false: the connection must end */
+uint64_t pf_announce_again(void);   /* pf_now_ms at which to try again, without a kick; 0: no need */
 bool pf_announced(int64_t region);  /* the daemon knows it */
 void pf_announce_forget(void);      /* the daemon is gone, and another will know nothing */
 void pf_announce_child(void);

@@ -290,6 +290,14 @@ static bool follow_orders(char path[PF_LINK_PATH]) {
     return !end;
 }
 
+/* Milliseconds until something is to be done even if nobody calls; -1: nothing is. */
+static int patience(bool wanted) {
+    const uint64_t due = link_fd >= 0 ? pf_announce_again() : retry_at, now = pf_now_ms();
+    if (link_fd >= 0 ? !due : !wanted)
+        return -1;
+    return due > now ? (int)(due - now) : 0;
+}
+
 static void *link_main(void *nothing) {
     (void)nothing;
     char path[PF_LINK_PATH];
@@ -298,13 +306,10 @@ static void *link_main(void *nothing) {
         uint64_t now = pf_now_ms();
         if (link_fd < 0 && path[0] && now >= retry_at)
             reach(path);
-        int wait = -1;
-        if (link_fd < 0 && path[0])
-            wait = retry_at > (now = pf_now_ms()) ? (int)(retry_at - now) : 0;
         struct pollfd on[2] = {{kick_fd, POLLIN, 0}, {link_fd, POLLIN, 0}};
-        if (poll(on, link_fd >= 0 ? 2 : 1, wait) < 0 && errno != EINTR)
+        if (poll(on, link_fd >= 0 ? 2 : 1, patience(path[0])) < 0 && errno != EINTR)
             break; /* no memory for a poll: nothing can be done here any more */
-        if (on[0].revents) {
+        if (on[0].revents || (greeted && patience(true) == 0)) {
             drain_kicks();
             if (greeted && !(pf_announce() && pf_link_say_syncs()))
                 hang_up(true, PF_LINK_DOWN);

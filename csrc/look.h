@@ -9,9 +9,10 @@
 
 #include <stdint.h>
 
-/* Look at the regions that are unseen now, up to some thousands, and track those that suit. */
-void pf_look(void);
-/* Look until this region was seen: 0 it suits, else a negative errno of pf_suitable; -ENOENT. */
+/* Look at the regions that are unseen now, up to some thousands, and track those that suit. 0; or a negative errno why it could
+ * not be done, which passes: they stay unseen. */
+int pf_look(void);
+/* Look until this region was seen: 0 it suits, else a negative errno of pf_suitable; -ENOENT. Or what pf_look returns. */
 int pf_look_at(int64_t region);
 /* In a forked child. */
 void pf_look_child(void);

@@ -43,22 +43,25 @@ struct pf_region {
 #define PF_UNSEEN 1 /* as `suits`: nobody looked yet (look.h) */
 #define PF_VMA_UNSEEN UINT32_MAX /* as `vma` of pf_region_add: the same */
 
+#define PF_UNJUDGED INT32_MAX /* as the answer for a range: nothing was found out */
+
 /* Some memory, and the answer of pf_suitable_all. */
 struct pf_range {
     int64_t region; /* not looked at */
     uint64_t start, end;
-    int32_t suits;  /* PF_VMA_* (0 or more), or a negative errno */
+    int32_t suits;  /* PF_VMA_* (0 or more), -EOPNOTSUPP, -ENOMEM; or PF_UNJUDGED */
 };
 
 /* Say whether [start, start+bytes) can be merged: only plain private anonymous read-write memory, not locked, without
  * DONTFORK, DONTDUMP, WIPEONFORK, protection key, memory policy or foreign userfaultfd, mapped without a gap. Returns
- * PF_VMA_* (0 or more), or -EOPNOTSUPP, -ENOMEM (a gap), or what opening /proc/self/smaps gave; then `why`, if not NULL,
- * holds PF_TEXT bytes of reason. Reads /proc/self/smaps up to that memory (some 15 ms per GiB in use, 2.5 us per mapping):
+ * PF_VMA_* (0 or more), or -EOPNOTSUPP, -ENOMEM (a gap), or why /proc/self/smaps could not be read now, which says nothing
+ * of the mapping (-ENOBUFS: no memory for that); then `why`, if not NULL, holds PF_TEXT bytes of reason. Reads /proc/self/smaps up to that memory (some 15 ms per GiB in use, 2.5 us per mapping):
  * not for memory that the library itself mapped. Takes no lock. What another region has merged is a file mapping: not
  * suitable. */
 int pf_suitable(uint64_t start, uint64_t bytes, char *why);
-/* The same for many, ascending and without overlap, in one reading; `why` is of the last that was refused. */
-void pf_suitable_all(struct pf_range *ranges, uint32_t count, char *why);
+/* The same for many, ascending and without overlap, in one reading; `why` is of the last that was refused. 0, or why it could
+ * not be read (to its end): then what is left is PF_UNJUDGED. */
+int pf_suitable_all(struct pf_range *ranges, uint32_t count, char *why);
 
 /* Add a region; no test of the mapping. Returns its id, or -EINVAL (not whole pages, empty, wraps), -EEXIST, -ENOMEM. */
 int64_t pf_region_add(uint64_t start, uint64_t bytes, uint32_t quiet, uint32_t vma);

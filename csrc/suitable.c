@@ -22,7 +22,7 @@ struct reading {
     int file;
     char *buffer;
     size_t filled, used;
-    bool ended;
+    int error; /* why it broke off: not at its end */
 };
 
 /* A mapping, as far as its lines were read. */
@@ -33,14 +33,12 @@ struct mapping {
 };
 
 struct judgement {
-    struct pf_range *ranges; /* until the reading ends, `suits` is PF_VMA_* of what was seen; UNSEEN: nothing */
+    struct pf_range *ranges; /* until one is done its `suits` is PF_VMA_* of what was seen; PF_UNJUDGED: nothing */
     uint32_t first, count;   /* those before `first` are done */
     uint64_t reached;        /* everything of ranges[first] below is suitable; 0: nothing yet */
     struct mapping mapping;  /* the lines read now are about; `end` 0: about none that matters */
     char *why;
 };
-
-#define UNSEEN INT32_MAX
 
 static const struct {
     char flag[3];
@@ -71,13 +69,15 @@ static char *next_line(struct reading *reading) {
         memmove(reading->buffer, line, reading->filled - reading->used);
         reading->filled -= reading->used;
         reading->used = 0;
-        if (reading->filled == BUFFER_BYTES)
-            return NULL; /* no line is that long */
+        if (reading->filled == BUFFER_BYTES) { /* no line is that long */
+            reading->error = -EIO;
+            return NULL;
+        }
         ssize_t got = read(reading->file, reading->buffer + reading->filled, BUFFER_BYTES - reading->filled);
         if (got < 0 && errno == EINTR)
             continue;
         if (got <= 0) {
-            reading->ended = !got;
+            reading->error = got ? -errno : 0;
             return NULL;
         }
         reading->filled += (size_t)got;
@@ -116,7 +116,7 @@ static void judge_mapping(struct judgement *judgement) {
             refuse(judgement, -EOPNOTSUPP, mapping.meaning);
             continue;
         }
-        range->suits = range->suits == UNSEEN ? mapping.marks : range->suits & mapping.marks;
+        range->suits = range->suits == PF_UNJUDGED ? mapping.marks : range->suits & mapping.marks;
         if (range->end > mapping.end) {
             judgement->reached = mapping.end;
             return;
@@ -188,40 +188,42 @@ static void judge_line(struct judgement *judgement, const char *line) {
         mapping->meaning = "protected by a key (pkey_mprotect)";
 }
 
-static void refuse_all(struct judgement *judgement, int error, const char *why) {
+/* Nothing was found out of those that are left. */
+static int give_up(struct judgement *judgement, int error, const char *why) {
     while (judgement->first < judgement->count)
-        refuse(judgement, error, why);
+        judgement->ranges[judgement->first++].suits = PF_UNJUDGED;
     pf_text(judgement->why, "%s (errno %d)", why, -error);
+    return error == -ENOMEM ? -ENOBUFS : error; /* ENOMEM is what a gap is called */
 }
 
-void pf_suitable_all(struct pf_range *ranges, uint32_t count, char *why) {
+int pf_suitable_all(struct pf_range *ranges, uint32_t count, char *why) {
     char unused[PF_TEXT];
     struct judgement judgement = {.ranges = ranges, .count = count, .why = why ? why : unused};
     struct reading reading = {.file = open("/proc/self/smaps", O_RDONLY | O_CLOEXEC)};
     char *line;
     pf_text(judgement.why, "%s", "");
-    if (reading.file < 0) {
-        refuse_all(&judgement, -errno, "/proc/self/smaps cannot be opened");
-        return;
-    }
+    for (uint32_t i = 0; i < count; i++)
+        ranges[i].suits = PF_UNJUDGED;
+    if (reading.file < 0)
+        return give_up(&judgement, -errno, "/proc/self/smaps cannot be opened");
     reading.buffer = mmap(NULL, BUFFER_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (reading.buffer == MAP_FAILED) {
         close(reading.file);
-        refuse_all(&judgement, -ENOMEM, "no memory to read /proc/self/smaps");
-        return;
+        return give_up(&judgement, -ENOMEM, "no memory to read /proc/self/smaps");
     }
-    for (uint32_t i = 0; i < count; i++)
-        ranges[i].suits = UNSEEN;
     while (judgement.first < count && (line = next_line(&reading)))
         judge_line(&judgement, line);
     munmap(reading.buffer, BUFFER_BYTES);
     close(reading.file);
+    if (judgement.first < count && reading.error)
+        return give_up(&judgement, reading.error, "/proc/self/smaps cannot be read");
     while (judgement.first < count)
-        refuse(&judgement, reading.ended ? -ENOMEM : -EIO, "part of the range is not mapped");
+        refuse(&judgement, -ENOMEM, "part of the range is not mapped");
+    return 0;
 }
 
 int pf_suitable(uint64_t start, uint64_t bytes, char *why) {
     struct pf_range range = {.start = start, .end = start + bytes};
-    pf_suitable_all(&range, 1, why);
-    return range.suits;
+    const int error = pf_suitable_all(&range, 1, why);
+    return error ? error : range.suits;
 }

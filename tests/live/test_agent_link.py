@@ -10,6 +10,7 @@ import re
 import resource
 import signal
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,35 @@ def test_the_daemon_hears_of_what_suits_only(met: Connection, client: Child) -> 
     client.do(end, number)
     assert met.hear(messages.UNADVISE)["region"] == number
     assert client.do(state)["regions"] == 0
+
+
+def let_open(files: bool) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard if files else 3, hard))
+
+
+def test_a_look_that_fails_is_no_verdict(met: Connection, client: Child) -> None:
+    """Where smaps cannot be read for the time being, regions wait, the agent does not spin, and it finds out by itself when it can."""
+    client.do(calls_to_read)
+    client.do(let_open, False)
+    number, _ = client.do(advise_unseen, 8)
+    special, _ = client.do(advise_unseen, 8, 10)  # MADV_DONTFORK
+    later, _ = client.do(advise_unseen, 8)
+    assert client.do(suits, number) == client.do(suits, special) == client.do(refused, number) == -errno.EMFILE
+    before = client.do(calls_to_read)
+    time.sleep(2.5)
+    assert client.do(calls_to_read) - before < 1000, "it tries without a pause"
+    client.do(let_open, True)
+    assert [met.hear(messages.ADVISE)["region"] for _ in range(2)] == [number, later]
+    assert client.do(suits, number) == 0
+    assert client.do(suits, special) == -errno.EOPNOTSUPP
+
+
+def calls_to_read() -> int:
+    """Return how often the agent's threads have called read(2). What it asks is opened at the first call."""
+    if "io" not in kept:
+        kept["io"] = [os.open(f"/proc/self/task/{number}/io", os.O_RDONLY) for number in threads().values()]
+    return sum(int(re.search(rb"syscr: (\d+)", os.pread(io, 1000, 0))[1]) for io in kept["io"])
 
 
 def place_of(number: int) -> int:
@@ -853,8 +883,6 @@ def idle_switches() -> dict[str, int]:
 
 
 def test_a_connected_client_does_nothing_while_nothing_happens(met: Connection, client: Child) -> None:
-    import time
-
     advised(met, client, 4)
     before: dict[str, int] = {}
     while before != (now := client.do(idle_switches)):

@@ -30,6 +30,7 @@ class Books:
         self.numbers = 0
         self.refusal = 0
         self.unsuited: set[int] = set()
+        self.blind = 0
 
     def advise(self, start: int, size: int, quietly: int) -> int:
         if self.refusal:
@@ -43,6 +44,8 @@ class Books:
         return self.numbers
 
     def suits(self, region: int) -> int:
+        if self.blind:
+            return -self.blind
         return -errno.EOPNOTSUPP if region in self.unsuited else 0 if region in self.regions else -errno.ENOENT
 
     def find(self, address: int) -> tuple[int, int, int]:
@@ -322,6 +325,19 @@ def test_what_the_agent_refuses_when_it_looks_is_let_go(holds: Holds, books: Boo
     holds.release(second)
     assert not books.regions
     assert weakref.getweakrefcount(one) == 0
+
+
+def test_a_look_that_fails_for_now_lets_nothing_go(holds: Holds, books: Books) -> None:
+    one = array()
+    hold = take(holds, one)
+    for books.blind in (errno.EMFILE, errno.ENOBUFS, errno.EIO):
+        holds.look(hold)
+        assert not hold.why_not
+        assert books.pages() == pages_of(one)
+    books.blind, books.unsuited = 0, set(books.regions)
+    holds.look(hold)
+    assert sum(hold.why_not.values()) == len(pages_of(one))
+    assert not books.regions
 
 
 def test_memory_that_moves_is_let_go_first(holds: Holds, books: Books) -> None:

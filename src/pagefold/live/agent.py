@@ -114,7 +114,7 @@ class Library:
         return int(self.functions.pf_advise(start, size, int(quietly)))
 
     def suits(self, region: int) -> int:
-        """Tell whether the mapping of a region that was advised unseen can be merged: 0, or an errno."""
+        """Tell whether the mapping of a region that was advised unseen can be merged: 0, -EOPNOTSUPP or -ENOMEM; other errors pass."""
         return int(self.functions.pf_suits(region))
 
     def find(self, address: int) -> tuple[int, int, int]:

@@ -32,6 +32,8 @@ _WHY_FAILED = {
     errno.EAGAIN: "the daemon does not merge now (`pagefold set run=1`)",
     errno.ENOENT: "let go in the meantime",
     errno.ECANCELED: "the agent stopped in the meantime",
+    errno.EMFILE: "no file descriptor is left to look at the mapping; raise `ulimit -n`",
+    errno.ENOBUFS: "no memory is left to look at the mapping",
 }
 _NO_DAEMON = "no daemon: nothing merges in the background until there is one (`pagefold serve`, or `pagefold run`)"
 _POLL_SECONDS = 0.02

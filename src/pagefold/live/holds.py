@@ -34,6 +34,7 @@ from pagefold.live.turn import Turn
 
 ADVISED_TWICE = "advised by the memory handler of enable() already"
 _TRIES = 3
+_VERDICTS = (errno.EOPNOTSUPP, errno.ENOMEM)  # on a mapping; other errors of a look pass, and the next look asks again
 ENDING = "the interpreter is about to end"
 NO_MEMORY = "no memory for one more region, or the limit on mappings is reached (vm.max_map_count)"
 
@@ -119,14 +120,14 @@ class Holds:
                 continue
             code = self._agent.suits(region.number)
             region.seen = code >= 0
-            if code < 0 and code != -errno.ESRCH:  # in a forked child that called nothing yet: later
+            if -code in (*_VERDICTS, errno.ENOENT):
                 reason = _why_refused(-code, region.start, region.end, marks)
                 for one, wanted in region.holds.items():
                     one.refuse(reason, sum(end - start for start, end in wanted) // PAGE)
                 self._drop(region)
         for other in hold.others[:]:
             code = self._agent.suits(other.number)
-            if code < 0 and code not in (-errno.ESRCH, -errno.ENOENT):
+            if -code in _VERDICTS:
                 hold.refuse(_why_refused(-code, other.start, other.end, marks), (other.end - other.start) // PAGE)
                 hold.others.remove(other)
         if not hold.regions and not hold.others:
