@@ -19,6 +19,7 @@
 #include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 struct uffd_api {
@@ -146,7 +147,9 @@ int pf_uffd_register(int uffd, uint64_t start, uint64_t bytes, uint64_t mode) {
 
 int pf_uffd_unregister(int uffd, uint64_t start, uint64_t bytes) {
     struct uffd_range range = {start, bytes};
-    return status(ioctl(uffd, DO_UNREGISTER, &range));
+    const int result = status(ioctl(uffd, DO_UNREGISTER, &range));
+    pf_uffd_wake(uffd, start, bytes);
+    return result;
 }
 
 int pf_uffd_move(int uffd, uint64_t to, uint64_t from, uint64_t bytes) {
@@ -214,6 +217,19 @@ int pf_pagemap_zeros(int pagemap, uint64_t start, uint32_t pages, uint8_t *zero)
 #define OF_ADDRESS 2ul
 #define OF_ALLOWED 4ul
 #define NODES 1024ul /* the most that Linux can be built for */
+
+bool pf_hole(uint64_t start, uint32_t pages, uint32_t *tries) {
+    const struct timespec pause = {.tv_nsec = 1000000};
+    unsigned char there;
+    for (uint32_t i = 0; i < pages; i++)
+        if (!mincore((void *)(uintptr_t)(start + (uint64_t)i * PF_PAGE), PF_PAGE, &there) || errno != ENOMEM)
+            return false;
+    if (!*tries)
+        return false;
+    --*tries;
+    nanosleep(&pause, NULL);
+    return true;
+}
 
 bool pf_node_free(void) {
     unsigned long allowed[NODES / (8 * sizeof(long))] = {0};

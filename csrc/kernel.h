@@ -28,6 +28,8 @@ bool pf_call_allowed(long number);
  * /dev/userfaultfd, or by `device` (an open /dev/userfaultfd, or -1). `why` says what was missing (PF_TEXT bytes). */
 int pf_uffd_open(int device, uint64_t features, char *why);
 int pf_uffd_register(int uffd, uint64_t start, uint64_t bytes, uint64_t mode);
+/* And wake all who wait there. The kernel wakes them before it ends the registration, and since faults take the lock of their
+ * mapping alone, one may come between the two and wait for ever (seen with 6.18): so they are woken once more. */
 int pf_uffd_unregister(int uffd, uint64_t start, uint64_t bytes);
 /* One try; what it returns does not say what was moved (6.18 reports EEXIST after all had moved): ask pagemap. */
 int pf_uffd_move(int uffd, uint64_t to, uint64_t from, uint64_t bytes);
@@ -48,6 +50,10 @@ int pf_pagemap_open(void);
 int pf_pagemap_read(int pagemap, uint64_t start, uint32_t pages, uint64_t *entries);
 /* zero[i] = 1 where the page of zeros is mapped, which takes no memory. -ENOTTY or so before Linux 6.7. */
 int pf_pagemap_zeros(int pagemap, uint64_t start, uint32_t pages, uint8_t *zero);
+
+/* After a mapping could not be put in a place: whether that left a hole there, which some kernels do for want of the smallest bit
+ * of memory (in mmap before Linux 6.12). Then it waits a moment, up to `tries` times, and says that it is worth to try again. */
+bool pf_hole(uint64_t start, uint32_t pages, uint32_t *tries);
 
 /* madvise(2) advice newer than some headers. */
 #define PF_MADV_POPULATE_READ 22

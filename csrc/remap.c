@@ -72,9 +72,8 @@ void pf_run_remap(const struct pf_run *run) {
     PF_FAULT(PF_FAULT_REMAP, 4);
     pf_run_map(run, PF_FAULT_REMAP, 5);
     if (!run->plain) {
-        pf_uffd_unregister(pf_kit.hold, run->start, bytes); /* of what is not mapped anew */
+        pf_uffd_unregister(pf_kit.hold, run->start, bytes); /* of what is not mapped anew; and wake all */
         PF_FAULT(PF_FAULT_REMAP, 6);
-        pf_uffd_wake(pf_kit.hold, run->start, bytes);
     }
     for (uint32_t i = 0; i < run->pages; i++)
         pf_counts_all.remapped += run->status[i] == PF_MERGED;

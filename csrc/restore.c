@@ -29,7 +29,7 @@
  *  9. What stays (pinned; no mapping or memory free) is made private in place by a write fault (MADV_POPULATE_WRITE), which
  *     is always safe: it needs the store no more, but stays in a file mapping.
  * 10. mremap frees the place before it moves; if it fails in between, which takes a failing allocation of the smallest
- *     size, the run is mapped and filled again at once (rescue).
+ *     size, it is tried again until it can (replace).
  * 11. As in window.c: a long-term pin for reading (RDMA, VFIO) taken between 2 or 4 and 5 keeps the old copy: equal bytes,
  *     but later writes do not reach it.
  */
@@ -96,23 +96,19 @@ static void keep(struct restore *restore, uint64_t start, uint32_t pages, bool p
 
 /* Let go of a run that stays a file mapping. */
 static void let_go(struct restore *restore, uint64_t start, uint32_t pages, bool pinned) {
-    if (restore->held) {
+    if (restore->held)
         pf_uffd_unregister(pf_kit.hold, start, (uint64_t)pages * PF_PAGE);
-        pf_uffd_wake(pf_kit.hold, start, (uint64_t)pages * PF_PAGE);
-    }
     keep(restore, start, pages, pinned);
 }
 
-/* mremap unmapped the run and then failed: fill the place before anybody else takes it. */
-static bool rescue(uint64_t start, uint32_t pages, const uint8_t *copies) {
-    unsigned char there[LARGE_PAGES];
-    if (!mincore(address(start), (size_t)pages * PF_PAGE, there) || errno != ENOMEM)
-        return false; /* it is still mapped: nothing happened */
-    void *got = mmap(address(start), (size_t)pages * PF_PAGE, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
-    if (got == address(start))
-        memcpy(got, copies, (size_t)pages * PF_PAGE);
-    return got == address(start);
+/* Let memory take the place of a run. */
+static bool replace(uint64_t start, uint32_t pages, uint64_t by) {
+    const size_t bytes = (size_t)pages * PF_PAGE;
+    uint32_t tries = 1000;
+    while (mremap(address(by), bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, address(start)) == MAP_FAILED)
+        if (!pf_hole(start, pages, &tries))
+            return false;
+    return true;
 }
 
 /* Fill the run, which is missing and waits, from staging. */
@@ -172,29 +168,25 @@ static void give_back(struct restore *restore, uint64_t start, uint32_t pages) {
     uint8_t *copies = restore->copies;
     memcpy(copies, address(start), bytes);
     PF_FAULT(PF_FAULT_RESTORE, 5);
-    void *got = mremap(address(restore->fresh.start), bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, address(start));
-    if (got == MAP_FAILED && !rescue(start, pages, copies)) {
+    if (!replace(start, pages, restore->fresh.start)) {
         let_go(restore, start, pages, false);
         return;
     }
     PF_FAULT(PF_FAULT_RESTORE, 6);
-    if (got != MAP_FAILED) {
-        restore->copies += bytes;
-        restore->fresh.start += bytes;
-        restore->fresh.pages -= pages;
-        if (restore->empty) {
-            const uint64_t lent = lend(restore, start, pages);
-            fill(start, pages, copies);
-            if (lent)
-                pf_kit_release(pf_kit.track, lent, 1, restore->region->tracked);
-        }
+    restore->copies += bytes;
+    restore->fresh.start += bytes;
+    restore->fresh.pages -= pages;
+    if (restore->empty) {
+        const uint64_t lent = lend(restore, start, pages);
+        fill(start, pages, copies);
+        if (lent)
+            pf_kit_release(pf_kit.track, lent, 1, restore->region->tracked);
     }
     PF_FAULT(PF_FAULT_RESTORE, 7);
     memset(where_of(restore, start), 0, pages * sizeof(uint64_t));
     if (restore->held) {
         pf_kit_release(pf_kit.hold, start, pages, restore->region->tracked);
         PF_FAULT(PF_FAULT_RESTORE, 8);
-        pf_uffd_wake(pf_kit.hold, start, bytes);
     }
     pf_counts_all.restored += pages;
     restore->done += pages;

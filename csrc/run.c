@@ -51,6 +51,20 @@ void pf_run_warm(const struct pf_run *run) {
         (void)*(const volatile uint8_t *)slot_bytes(run, i);
 }
 
+/* Map slots over equal pages; returns 0 or errno. */
+static int map_slots(uint64_t start, uint32_t pages, int fd, uint64_t offset) {
+    const int access = PROT_READ | PROT_WRITE;
+    uint32_t tries = 1000;
+    int how = MAP_PRIVATE | MAP_FIXED;
+    while (mmap((void *)(uintptr_t)start, (size_t)pages * PF_PAGE, access, how, fd, (off_t)offset) == MAP_FAILED) {
+        const int error = errno;
+        if (!pf_hole(start, pages, &tries))
+            return error;
+        how = MAP_PRIVATE | MAP_FIXED_NOREPLACE; /* the bytes that were there are the slots', and the place is free for all */
+    }
+    return 0;
+}
+
 /* Never MAP_POPULATE: it would give each page a private copy again. */
 bool pf_run_map(const struct pf_run *run, int kind, int point) {
     bool any = false;
@@ -63,9 +77,8 @@ bool pf_run_map(const struct pf_run *run, int kind, int point) {
             continue;
         }
         const uint64_t offset = run->target->offset + (uint64_t)(run->first + i) * PF_PAGE;
-        void *got = mmap((void *)(uintptr_t)pf_run_address(run, i), (size_t)(end - i) * PF_PAGE, PROT_READ | PROT_WRITE,
-                         MAP_PRIVATE | MAP_FIXED, run->target->fd, (off_t)offset);
-        const uint8_t status = got != MAP_FAILED ? PF_MERGED : errno == ENOMEM || errno == EAGAIN ? PF_NO_VMA : PF_BAD;
+        const int error = map_slots(pf_run_address(run, i), end - i, run->target->fd, offset);
+        const uint8_t status = !error ? PF_MERGED : error == ENOMEM || error == EAGAIN ? PF_NO_VMA : PF_BAD;
         memset(run->status + i, status, end - i);
         for (uint32_t page = i; status == PF_MERGED && page < end; page++)
             *pf_run_where(run, page) = pf_run_target(run, page);

@@ -11,22 +11,25 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
-#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
 #include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #include "kernel.h"
 #include "kit.h"
 
-enum { PINNED, FREE, HOLE, PAGES };
+enum { PINNED, FREE, HOLE, STACK, PAGES = STACK + 4 };
 
 struct pin {
     int ring; /* io_uring, or -1 */
-    bool reading;
-    pthread_t reader;
+    int reader; /* pid, or -1 */
+    pid_t parent;
     uint8_t *pages;
 };
 
@@ -47,19 +50,22 @@ static int ring_pin(uint8_t *page) {
     return (int)ring;
 }
 
-/* Reads our own page with its pin held, into a page that is missing. */
-static void *read_own(void *argument) {
+/* Reads our own page with its pin held, into a page that is missing. In a process of its own that shares our memory, and ends
+ * with us: to make a thread takes the C library's locks and its heap, which whoever holds W leaves alone. */
+static int read_own(void *argument) {
     const struct pin *pin = argument;
     struct iovec to = {pin->pages + HOLE * PF_PAGE, PF_PAGE}, from = {pin->pages + PINNED * PF_PAGE, PF_PAGE};
-    syscall(__NR_process_vm_readv, getpid(), &to, 1ul, &from, 1ul, 0ul);
-    return NULL;
+    if (!prctl(PR_SET_PDEATHSIG, SIGKILL) && getppid() == pin->parent)
+        syscall(__NR_process_vm_readv, getpid(), &to, 1ul, &from, 1ul, 0ul);
+    return 0;
 }
 
 static void end_reading(struct pin *pin) {
     const uint64_t hole = (uint64_t)(uintptr_t)(pin->pages + HOLE * PF_PAGE);
-    pf_uffd_unregister(pf_kit.track, hole, PF_PAGE); /* wakes: the page of zeros serves the read */
-    pthread_join(pin->reader, NULL);
-    pin->reading = false;
+    pf_uffd_unregister(pf_kit.track, hole, PF_PAGE); /* and wake: the page of zeros serves the read */
+    while (waitpid(pin->reader, NULL, __WALL) < 0 && errno == EINTR)
+        ;
+    pin->reader = -1;
 }
 
 static int start_reading(struct pin *pin) {
@@ -68,10 +74,12 @@ static int start_reading(struct pin *pin) {
     struct pollfd fault = {.fd = pf_kit.track, .events = POLLIN};
     if (!pf_call_allowed(__NR_process_vm_readv))
         return -EPERM;
-    if (pf_uffd_register(pf_kit.track, hole, PF_PAGE, PF_UFFD_MISSING) ||
-        pthread_create(&pin->reader, NULL, read_own, pin))
+    if (pf_uffd_register(pf_kit.track, hole, PF_PAGE, PF_UFFD_MISSING))
         return -EAGAIN;
-    pin->reading = true;
+    pin->parent = getpid();
+    pin->reader = clone(read_own, pin->pages + PAGES * PF_PAGE, CLONE_VM | CLONE_FILES, pin); /* no exit signal */
+    if (pin->reader < 0)
+        return -EAGAIN;
     /* Its fault is the proof that the other page is pinned now. Without that it was refused and has ended. */
     if (poll(&fault, 1, 2000) == 1 && read(pf_kit.track, message, sizeof message) == sizeof message)
         return 0;
@@ -80,14 +88,14 @@ static int start_reading(struct pin *pin) {
 }
 
 static int start_pin(struct pin *pin, uint8_t *pages) {
-    *pin = (struct pin){.ring = ring_pin(pages + PINNED * PF_PAGE), .pages = pages};
+    *pin = (struct pin){.ring = ring_pin(pages + PINNED * PF_PAGE), .reader = -1, .pages = pages};
     return pin->ring >= 0 ? 0 : start_reading(pin);
 }
 
 static void end_pin(struct pin *pin) {
     if (pin->ring >= 0)
         close(pin->ring);
-    if (pin->reading)
+    if (pin->reader >= 0)
         end_reading(pin);
 }
 

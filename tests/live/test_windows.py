@@ -185,6 +185,39 @@ def test_an_owner_that_breaks_his_promise_in_a_window_loses_no_other_page(window
     advised.memory.free()
 
 
+def test_a_mapping_that_fails_and_leaves_a_hole_is_made_again(advised: Advised) -> None:
+    """As kernels before 6.12 fail for want of a little memory; in windows, moves to other slots, plain swaps, and giving back."""
+    for page in (3, 7):
+        advised.write(page, b"other")
+    others = Slots([content(page) for page in range(RUNS)], extent=2)
+    for swap in (
+        lambda: advised.swap(0, 16),
+        lambda: advised.swap(0, 16, others.at(0)),
+    ):
+        left = advised.windows.fail_maps(5)
+        assert swap() == [Status.DIFFERS if page in (3, 7) else Status.MERGED for page in range(16)]
+        assert left.value == 0
+        advised.check()
+    left = advised.windows.fail_maps(7)
+    assert advised.restore() == 0
+    assert left.value == 0
+    advised.check()
+    assert not advised.files()
+
+
+def test_a_place_that_stays_a_hole_is_given_up(windows: Windows) -> None:
+    """Its pages are lost, as the place is; all others are as they were."""
+    advised = Advised(windows)
+    left = windows.fail_maps(1 << 20)
+    assert advised.swap(0, 4) == [Status.UNMANAGED] * 4, "there is no place to put them back to"
+    assert left.value < (1 << 20) - 100, "it is tried again and again"
+    left.value = 0
+    assert all(advised.memory[page] == advised.expected[page] for page in range(4, RUNS))
+    assert advised.swap(4, 4) == [Status.MERGED] * 4
+    assert windows.region_remove(advised.region) == 0
+    advised.memory.free()
+
+
 def test_runs_that_meet_share_a_mapping(advised: Advised) -> None:
     for first in range(0, RUNS, 4):
         assert advised.swap(first, 4) == [Status.MERGED] * 4

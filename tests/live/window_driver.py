@@ -125,7 +125,8 @@ def _compile(output: Path, *more: str) -> Path:
 
 def build_library(folder: Path) -> Path:
     """Build the windows alone, all functions visible."""
-    return _compile(folder / "windows.so", "-shared")
+    failing = str(Path(__file__).with_name("failing_maps.c"))
+    return _compile(folder / "windows.so", "-shared", "-Wl,--wrap=mmap,--wrap=mremap", failing)
 
 
 def build_driver(folder: Path) -> Path:
@@ -178,6 +179,12 @@ class Windows:
         plan = FaultPlan.in_dll(self.calls, "pf_fault_plan")
         plan.kind, plan.point, plan.passes, plan.call = kind, point, 1, FaultPlan.CALL(lambda: call() and None)
         return plan
+
+    def fail_maps(self, times: int) -> ctypes.c_int:
+        """Let so many mappings onto a fixed place fail, the place unmapped; the answer counts down."""
+        left = ctypes.c_int.in_dll(self.calls, "fail_maps")
+        left.value = times
+        return left
 
     def suitable(self, start: int, pages: int) -> tuple[int, str]:
         """Ask whether a mapping can be merged: the answer, and why not."""
