@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "differential"))
+
+# A shell that starts something in the background lets it ignore SIGINT, and all that it starts: what is to end by it would not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW = any(os.environ.get(name, "0") not in ("", "0") for name in ("NUMBA_DISABLE_JIT", "NUMBA_BOUNDSCHECK"))
 
