@@ -34,6 +34,8 @@ _CORE_KNOBS = {
     "stable_node_chains_prune_millisecs": "chains_prune_millisecs",
 }
 
+_MOST = 2**31 - 1  # of a knob, in the core
+
 
 @dataclass(frozen=True)
 class Counters:
@@ -144,10 +146,10 @@ class Engine:
         if number == self._knobs[knob]:
             return
         if knob in ("merge_across_nodes", "max_page_sharing"):
-            self._empty_forest(knob)
+            self._set_in_empty_forest(knob, min(number, _MOST))
         self._knobs[knob] = number
         if knob in _CORE_KNOBS:
-            self._ctl[_CORE_KNOBS[knob]] = min(number, 2**31 - 1)
+            self._ctl[_CORE_KNOBS[knob]] = min(number, _MOST)
         elif knob == "advisor_mode":
             self._switch_advisor(number)
         elif knob == "run":
@@ -174,12 +176,14 @@ class Engine:
                 knob, f"node {int(self._ctl['offlining']) - 1} is going offline; finish or cancel that first"
             )
 
-    def _empty_forest(self, knob: str) -> None:
-        """Remove all stable nodes so that a knob can change, or raise KnobBusy."""
+    def _set_in_empty_forest(self, knob: str, value: int) -> None:
+        """Change a knob by which stable nodes are placed, or raise KnobBusy."""
+        code = doors.SET_MERGE_ACROSS_NODES if knob == "merge_across_nodes" else doors.SET_MAX_PAGE_SHARING
+        if self._arena.run(doors.control, code, value) >= 0:
+            return
         if self._ctl["pages_shared"]:
             raise KnobBusy(knob, f"{self._ctl['pages_shared']} merged pages exist; set run to 2 first")
-        if self._arena.run(doors.control, doors.REMOVE_ALL_STABLE_NODES, 0) < 0:
-            raise KnobBusy(knob, "a merged page is still mapped; set run to 2, or wait until it is gone")
+        raise KnobBusy(knob, "a merged page is still mapped; set run to 2, or wait until it is gone")
 
     def _switch_advisor(self, mode: int) -> None:
         self._advisor = Advisor() if mode else None

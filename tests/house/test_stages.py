@@ -22,9 +22,10 @@ MAY_IMPORT = {
     "sources": {"errors", "settings"},
     "plan": {"sources", "engine", "machine", "core", *BASE},
     "scenario": {"plan", "sources", "engine", "machine", "core", *BASE},
+    "check": {"engine", "machine", "core", *BASE},
     "live": {"sources", "engine", "machine", "core", *BASE},
-    "view": {"scenario", "live", "plan", "sources", "engine", "machine", "core", *BASE},
-    "cli": {"view", "scenario", "live", "plan", "sources", "engine", "machine", "core", *BASE},
+    "view": {"scenario", "check", "live", "plan", "sources", "engine", "machine", "core", *BASE},
+    "cli": {"view", "scenario", "check", "live", "plan", "sources", "engine", "machine", "core", *BASE},
 }
 ROOT = {PACKAGE}  # its __init__ loads public classes when they are asked for, so it may name later stages
 ALL = sorted(set(modules()) - ROOT)

@@ -1,14 +1,16 @@
 """Own the points at which others may act while the merger works.
 
 `checkpoint(world, gap)` stands at every gap of spec section 10. In normal use it reads one field. When a schedule is
-armed it applies the events that are due (events.py), with whatever the locks of that moment allow.
+armed it applies the events that are due (events.py), with whatever the locks of that moment allow; when it is armed to be
+judged, every invariant is checked after each of them (invariants.py), so that what breaks and mends itself within a step is seen.
 """
 
 from __future__ import annotations
 
 from pagefold.core.compiler import jit
 from pagefold.core.events import apply_event
-from pagefold.core.layout import World
+from pagefold.core.invariants import judge
+from pagefold.core.layout import JUDGED, World
 
 
 @jit
@@ -24,6 +26,8 @@ def run_schedule(world: World, gap: int) -> None:
         args = event["args"]
         event["gap"] = gap
         event["status"] = apply_event(world, event["code"], args[0], args[1], args[2], args[3])
+        if ctl["armed"] == JUDGED and ctl["broken"] == 0:
+            ctl["broken"], ctl["broken_where"] = judge(world)
 
 
 @jit

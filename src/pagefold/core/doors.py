@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pagefold.core import layout
-from pagefold.core.compiler import entry
+from pagefold.core.compiler import entry, jit
 from pagefold.core.events import apply_event
 from pagefold.core.frames import map_page, take_frame
 from pagefold.core.layout import Records, World
 from pagefold.core.memory import own_page, set_content
 from pagefold.core.space import find_vma, is_area_of, pte_of, wished_node
-from pagefold.core.unmerge import remove_all_stable_nodes, take_offline, unmerge_and_remove_all_rmap_items
+from pagefold.core.unmerge import (
+    set_max_page_sharing,
+    set_merge_across_nodes,
+    take_offline,
+    unmerge_and_remove_all_rmap_items,
+)
 
 UNMERGE_ALL = 1
-REMOVE_ALL_STABLE_NODES = 2
-TAKE_OFFLINE = 3  # node
+TAKE_OFFLINE = 2  # node
+SET_MERGE_ACROSS_NODES = 3  # value
+SET_MAX_PAGE_SHARING = 4  # value
 
 
 @entry
@@ -22,14 +28,22 @@ def execute(world: World, code: int, a: int, b: int, c: int, d: int) -> int:
     return apply_event(world, code, a, b, c, d)
 
 
-@entry
-def control(world: World, code: int, nid: int) -> int:
-    """Do one of the merger's own big changes (the constants above); a status."""
+@jit
+def apply_control(world: World, code: int, a: int) -> int:
+    """As `control`."""
     if code == UNMERGE_ALL:
         return unmerge_and_remove_all_rmap_items(world)
-    if code == REMOVE_ALL_STABLE_NODES:
-        return remove_all_stable_nodes(world)
-    return take_offline(world, nid)
+    if code == TAKE_OFFLINE:
+        return take_offline(world, a)
+    if code == SET_MERGE_ACROSS_NODES:
+        return set_merge_across_nodes(world, a)
+    return set_max_page_sharing(world, a)
+
+
+@entry
+def control(world: World, code: int, a: int) -> int:
+    """Do one of the merger's own big changes (the constants above); a status."""
+    return apply_control(world, code, a)
 
 
 @entry

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pagefold.core import layout, rbtree
 from pagefold.core.compiler import jit
-from pagefold.core.frames import swap_nid
+from pagefold.core.frames import content_key, swap_nid
 from pagefold.core.layout import Records, World
+from pagefold.core.space import find_vma, pte_of
 
 ONE_PLACE, ORDER, RED_BLACK, LISTS, COUNTERS, KEYHOLE = 1, 2, 3, 4, 5, 6  # indices of invariants.NAMES
 
@@ -186,8 +187,18 @@ def check_order(world: World) -> tuple[int, int]:
 
 
 @jit
+def key_is_true(world: World, item: int) -> bool:
+    """Tell whether an rmap_item's page can be had, and still is what it was when it entered its unstable tree."""
+    vma = find_vma(world, world.rmaps[item]["mm"], world.rmaps[item]["vpn"])
+    if vma == 0 or not world.vmas[vma]["flags"] & layout.VMA_MERGEABLE:
+        return False
+    entry_ = world.ptes[pte_of(world, vma, world.rmaps[item]["vpn"])]
+    return entry_["flags"] & layout.PTE_PRESENT != 0 and content_key(world, entry_["pfn"]) == world.rmaps[item]["key"]
+
+
+@jit
 def check_unstable(world: World) -> tuple[int, int]:
-    """Check the shape (not the order) of the unstable trees, and that exactly this scan's items are in them."""
+    """Check the shape (not the order) of the unstable trees, that exactly this scan's items are in them, and keys that are trusted."""
     ctl = world.ctl[0]
     inside = 0
     for nid in range(swap_nid(world)):
@@ -199,6 +210,8 @@ def check_unstable(world: World) -> tuple[int, int]:
         entry_ = world.rmaps[item]
         if entry_["mm"] and entry_["flags"] & layout.RMAP_UNSTABLE and entry_["seqnr"] == ctl["generation"] & 0xFF:
             inside -= 1
+            if not ctl["trees_changed"] and not key_is_true(world, item):
+                return KEYHOLE, item
     return (RED_BLACK if inside else 0), 0
 
 

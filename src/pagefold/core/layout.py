@@ -19,7 +19,7 @@ RMAP_ITEM_BYTES = 64  # what the kernel's own rmap_item costs; general_profit is
 
 # --- statuses: 0 or more is success, negative says why nothing (more) was done ---------------------------------
 OK = 0
-SAME = 1  # move: already on that node
+SAME = 1  # nothing to do: a move to the node where the page is, a write of what it holds
 ABSENT = -1  # no present page at that address
 BUSY = -2  # locked, pinned or referenced
 NO_MEMORY = -3  # no free frame (or swap slot)
@@ -103,10 +103,12 @@ ctl = np.dtype(
         ("refuse_broken", "i4"),
         ("bypasses", "i8"),  # forks, and migrations of KSM pages: only after these may max_page_sharing be exceeded
         # checkpoints
-        ("armed", "i4"),  # 0: checkpoint() is nothing
+        ("armed", "i4"),  # 0: checkpoint() is nothing; ARMED; JUDGED
         ("schedule_next", "i4"),
         ("schedule_used", "i4"),
         ("checkpoints", "i8"),  # passed since armed
+        ("broken", "i4"),  # while JUDGED: the first invariant that an event found broken, as `invariants.check` returns it
+        ("broken_where", "i4"),
     ],
     align=True,
 )
@@ -274,6 +276,9 @@ event = np.dtype(
     ],
     align=True,
 )
+
+ARMED = 1  # ctl.armed: apply the schedule
+JUDGED = 2  # and check every invariant after each event
 
 # --- gaps (spec section 10) --------------------------------------------------------------------------------------------------
 GAP_PAGE_CHOSEN = 1  # page chosen, its stable node not yet looked at

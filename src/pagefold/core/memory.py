@@ -89,14 +89,18 @@ def own_page(world: World, vma: int, pte: int) -> int:
 
 @jit
 def write_page(world: World, mm: int, vpn: int, hi: np.uint64, lo: np.uint64) -> int:
-    """Write content (hi, lo) to a page of a process."""
+    """Write content (hi, lo) to a page of a process; SAME if it held just that and stayed where it is."""
     vma = find_vma(world, mm, vpn)
     if vma == 0:
         return layout.NO_AREA
     pte = pte_of(world, vma, vpn)
+    before = world.ptes[pte]["pfn"]
     status = own_page(world, vma, pte)
     if status < 0:
         return status
+    now = world.contents[world.ptes[pte]["pfn"]]
+    if before == world.ptes[pte]["pfn"] and now["hi"] == hi and now["lo"] == lo:
+        return layout.SAME
     set_content(world, pte, hi, lo)
     return layout.OK
 

@@ -265,23 +265,31 @@ def merge_with_unstable(world: World, item: int, page: int) -> None:
         break_cow(world, item)
 
 
+@jit
+def scan_page(world: World) -> int:
+    """Look at the next page: return its rmap_item, 0 if the full scan ended (or the ring is empty), or NEED_*."""
+    ctl = world.ctl[0]
+    if not has_stables(world, 2):
+        return layout.NEED_STABLES
+    if not journal_room(world, INTENTS_PER_PAGE):
+        return layout.NEED_JOURNAL
+    item = scan_get_next_rmap_item(world)
+    if item > 0:
+        page = ctl["scan_page"]
+        cmp_and_merge_page(world, item, page)
+        put_page(world, page)
+        ctl["pages_scanned"] += 1
+    return item
+
+
 @entry
 def scan(world: World, pages: int) -> int:
     """Look at up to `pages` pages; return OK (budget used, full scan ended, or ring empty) or NEED_*.
 
     After NEED_* grow and call again with what is left of the budget: ctl.pages_scanned tells.
     """
-    ctl = world.ctl[0]
     for _ in range(pages):
-        if not has_stables(world, 2):
-            return layout.NEED_STABLES
-        if not journal_room(world, INTENTS_PER_PAGE):
-            return layout.NEED_JOURNAL
-        item = scan_get_next_rmap_item(world)
+        item = scan_page(world)
         if item <= 0:
             return item
-        page = ctl["scan_page"]
-        cmp_and_merge_page(world, item, page)
-        put_page(world, page)
-        ctl["pages_scanned"] += 1
     return layout.OK

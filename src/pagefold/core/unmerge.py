@@ -61,6 +61,30 @@ def remove_all_stable_nodes(world: World) -> int:
 
 
 @jit
+def empty_forest(world: World) -> int:
+    """Remove all stable nodes, so that a knob may change by which they were placed; BUSY if anything is merged or mapped."""
+    return layout.BUSY if world.ctl[0]["pages_shared"] else remove_all_stable_nodes(world)
+
+
+@jit
+def set_merge_across_nodes(world: World, value: int) -> int:
+    """Change which trees there are; BUSY changes nothing."""
+    status = empty_forest(world)
+    if status >= 0:
+        world.ctl[0]["merge_across_nodes"] = value
+    return status
+
+
+@jit
+def set_max_page_sharing(world: World, value: int) -> int:
+    """Change how many may share a page; BUSY changes nothing."""
+    status = empty_forest(world)
+    if status >= 0:
+        world.ctl[0]["max_page_sharing"] = value
+    return status
+
+
+@jit
 def unmerge_and_remove_all_rmap_items(world: World) -> int:
     """Undo all merging (`run` = 2, choices 23); NO_MEMORY or NEED_JOURNAL leave the rest merged."""
     stand_on(world, 0)
