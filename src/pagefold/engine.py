@@ -117,9 +117,9 @@ class Engine:
         self._advisor: Advisor | None = None
         self._scan_began: tuple[int, int] | None = None
         ctl = self._ctl
-        ctl["rules"] = layout.CLASSIC if self.rules == "classic" else layout.MAINLINE
+        ctl["rules"] = layout.RULES[self.rules]
         for name, field in _CORE_KNOBS.items():
-            known = self.rules == "mainline" or settings.KNOBS[name].classic
+            known = self.rules != "classic" or settings.KNOBS[name].classic
             ctl[field] = self._knobs[name] if known else 0
         for name, value in knobs.items():
             self.set(name, value)

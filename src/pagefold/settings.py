@@ -13,8 +13,8 @@ from typing import Literal
 
 from pagefold.errors import KnobInvalid, UnknownKnob, UsageError
 
-Rules = Literal["classic", "mainline"]
-RULES: tuple[Rules, ...] = ("classic", "mainline")
+Rules = Literal["classic", "mainline", "pagefold"]
+RULES: tuple[Rules, ...] = ("classic", "mainline", "pagefold")
 UINT_MAX = 2**32 - 1
 ULONG_MAX = 2**64 - 1
 
@@ -69,7 +69,7 @@ def check_rules(rules: str) -> Rules:
     for known in RULES:
         if rules == known:
             return known
-    raise UsageError(f"rules {rules!r} are not known; use {' or '.join(RULES)}")
+    raise UsageError(f"rules {rules!r} are not known; use one of {', '.join(RULES)}")
 
 
 def find(name: str, rules: Rules = "mainline") -> Knob:

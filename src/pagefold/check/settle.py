@@ -33,12 +33,14 @@ def finish_full_scan(bench: Bench) -> bool:
 
 
 @jit
-def is_held_at_all(world: World) -> bool:
-    """Tell whether anybody holds a page: then what is equal may not be able to merge."""
+def can_settle(world: World) -> bool:
+    """Tell whether full scans can bring all to rest: smart scan leaves nothing out, and nobody holds a page."""
+    if world.ctl[0]["smart_scan"]:
+        return False
     for pfn in range(1, len(world.frames)):
         if world.frames[pfn]["holds"]:
-            return True
-    return False
+            return False
+    return True
 
 
 @jit
@@ -145,6 +147,8 @@ def what_is_unsettled(bench: Bench) -> int:
     for _ in range(1 + bench.settle_scans):
         if not finish_full_scan(bench):
             return 1
+    if world.mms[0]["ring_next"] == 0:
+        return 0  # with nobody left to scan there were no full scans
     node = first_misplaced(world)
     if node:
         return 1 + node
@@ -161,7 +165,7 @@ def what_follows(bench: Bench, image: Records) -> tuple[int, int]:
     """Ask both promises of a state: (0, 0), or the number of the one that it breaks and what shows it."""
     load_image(bench, image)
     world = bench.world
-    if bench.promises & ASK_CONVERGES and world.ctl[0]["smart_scan"] == 0 and not is_held_at_all(world):
+    if bench.promises & ASK_CONVERGES and can_settle(world):
         where = what_is_unsettled(bench)
         if where:
             return CONVERGES, where - 1

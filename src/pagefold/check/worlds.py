@@ -39,13 +39,14 @@ class SmallWorld:
     events: tuple[str, ...] = DEFAULT_KINDS
     inside: int = 2
     budget: int = 0  # events on any path, between steps and inside them; 0: as many as may be
+    within: int = 3  # full scans
     knobs: tuple[tuple[str, int], ...] = field(default=())
     ignore: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
         settings.check_rules(self.rules)
         limits = {
-            "nodes": (1, 4), "mms": (1, 6), "pages": (1, 8), "contents": (1, 6), "frames": (0, 64), "inside": (0, shipped.MOST_INSIDE), "budget": (0, 100),
+            "nodes": (1, 4), "mms": (1, 6), "pages": (1, 8), "contents": (1, 6), "frames": (0, 64), "inside": (0, shipped.MOST_INSIDE), "budget": (0, 100), "within": (1, 20),
         }  # fmt: skip
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
@@ -130,7 +131,7 @@ def first_world(small: SmallWorld, core: Any) -> Any:
     for name, length in lengths.items():
         world = world._replace(**{name: np.zeros(length, getattr(world, name).dtype)})
     ctl = world.ctl[0]
-    ctl["rules"] = {"classic": layout.CLASSIC, "mainline": layout.MAINLINE}[small.rules]
+    ctl["rules"] = layout.RULES[small.rules]
     knobs = {"merge_across_nodes": int(small.nodes == 1), "max_page_sharing": 2, "smart_scan": 0} | dict(small.knobs)
     for name in ("merge_across_nodes", "max_page_sharing", "use_zero_pages", "smart_scan"):
         ctl[name] = knobs.get(name, 0)
@@ -180,7 +181,7 @@ def new_bench(small: SmallWorld, core: ModuleType, check: ModuleType) -> Any:
         most_live=small.mms,
         inside=small.inside,
         promises=sum(bit for name, bit in PROMISES.items() if name not in small.ignore),
-        settle_scans=3,
+        settle_scans=small.within,
     )
 
 

@@ -1,7 +1,7 @@
 """Own the one way code is compiled here, and where its compiled form is kept.
 
 Numba's own cache notices a change in the file of a function, not in the files it calls, so the cache folder is
-keyed by a hash of every source of the core. `NUMBA_DISABLE_JIT=1` runs the same code uncompiled,
+keyed by a hash of every source of the core, and of the explorer that is compiled over it. `NUMBA_DISABLE_JIT=1` runs the same code uncompiled,
 `NUMBA_BOUNDSCHECK=1` compiles it with bounds checks (into a cache folder of its own).
 """
 
@@ -28,7 +28,8 @@ _KEPT_CACHES = 4
 def _cache_folder() -> Path:
     """Name the cache folder of exactly these sources, this Numba and this bounds-check mode."""
     digest = hashlib.sha256(numba.__version__.encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    package = Path(__file__).parent.parent
+    for source in sorted([*package.glob("core/*.py"), *package.glob("check/*.py")]):
         digest.update(source.name.encode() + source.read_bytes())
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pagefold"
     mode = "checked" if os.environ.get("NUMBA_BOUNDSCHECK", "0") not in ("", "0") else "fast"

@@ -40,12 +40,14 @@ WARM_LANES = 16
 # --- rule sets ----------------------------------------------------------------------------------------------------
 CLASSIC = 0
 MAINLINE = 1
+PAGEFOLD = 2  # mainline, and what it takes to keep every promise (docs/checking.md)
+RULES = {"classic": CLASSIC, "mainline": MAINLINE, "pagefold": PAGEFOLD}
 
 # --- the machine's control block: one record ------------------------------------------------------------------------
 ctl = np.dtype(
     [
         # knobs that the rules read (settings.py owns their names, limits and defaults)
-        ("rules", "i4"),  # CLASSIC or MAINLINE
+        ("rules", "i4"),  # CLASSIC, MAINLINE or PAGEFOLD
         ("merge_across_nodes", "i4"),
         ("max_page_sharing", "i4"),
         ("use_zero_pages", "i4"),

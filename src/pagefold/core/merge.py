@@ -36,6 +36,7 @@ def write_protect_page(world: World, pte: int, page: int) -> bool:
 
     Mainline: a KSM page is refused too. It has left the reverse map of the process it came from, by which the kernel looks for the
     entry: so a lone KSM page that forked processes still map, and a migrated one that meets its equal, never merge (choices 26).
+    The pagefold rules go to the entry by the rmap_item's own address, and may.
     """
     frame = world.frames[page]
     entry = world.ptes[pte]

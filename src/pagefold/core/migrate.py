@@ -7,10 +7,10 @@ while it waited would be met by nobody, ever (spec section 7, question 3).
 
 from __future__ import annotations
 
-from pagefold.core import layout
+from pagefold.core import layout, rbtree
 from pagefold.core.compiler import jit
-from pagefold.core.frames import nid_of, put_page
-from pagefold.core.keyhole import detach, get_ksm_page
+from pagefold.core.frames import nid_of, put_page, swap_nid
+from pagefold.core.keyhole import detach, free_chain, get_ksm_page
 from pagefold.core.layout import World
 from pagefold.core.lists import migrate_add
 
@@ -30,12 +30,44 @@ def exile(world: World, node: int) -> None:
 
 
 @jit
+def look_once(world: World, node: int) -> None:
+    """Look through one keyhole, so that the node goes if it is stale."""
+    page = get_ksm_page(world, node)
+    if page:
+        put_page(world, page)
+
+
+@jit
 def prune_migrate_nodes(world: World) -> None:
     """Look once through the keyhole of every waiting node, so that stale ones go."""
     node = world.ctl[0]["migrate_head"]
     while node:
         following = world.stables[node]["list_next"]
-        page = get_ksm_page(world, node)
-        if page:
-            put_page(world, page)
+        look_once(world, node)
         node = following
+
+
+@jit
+def prune_all(world: World) -> None:
+    """As `prune_migrate_nodes`, for the nodes in trees and chains too, and free chains that are empty (pagefold rules).
+
+    A node whose rmap_items have all left it, for another page or with their processes, is otherwise met only by a search that
+    happens to walk past it; and an empty chain likewise.
+    """
+    for nid in range(swap_nid(world)):
+        root = world.nodes[nid]["stable_root"]
+        place = rbtree.first_below(world.stables, root) if root else 0
+        while place:
+            following = rbtree.following(world.stables, place)  # what goes leaves all others where they are in order
+            if world.stables[place]["place"] == layout.CHAIN:
+                dup = world.stables[place]["hlist"]
+                while dup:
+                    next_dup = world.stables[dup]["list_next"]
+                    look_once(world, dup)
+                    dup = next_dup
+                if world.stables[place]["hlist"] == 0:
+                    free_chain(world, place)
+            else:
+                look_once(world, place)
+            place = following
+    prune_migrate_nodes(world)

@@ -18,7 +18,7 @@ from pagefold.core.merge import (
     try_to_merge_two_pages,
     try_to_merge_with_ksm_page,
 )
-from pagefold.core.migrate import exile, is_misplaced, prune_migrate_nodes
+from pagefold.core.migrate import exile, is_misplaced, prune_all, prune_migrate_nodes
 from pagefold.core.ring import leave_ring
 from pagefold.core.rmap import (
     find_mergeable_vma,
@@ -92,7 +92,9 @@ def begin_full_scan(world: World) -> None:
     Trees are numbered by a count of their own and not by full_scans, which does not change when unmerging gives up half-way
     for lack of memory: items of the abandoned scan would be taken for members of the new, empty trees.
     """
-    if not world.ctl[0]["merge_across_nodes"]:
+    if world.ctl[0]["rules"] == layout.PAGEFOLD:
+        prune_all(world)
+    elif not world.ctl[0]["merge_across_nodes"]:
         prune_migrate_nodes(world)
     for nid in range(swap_nid(world)):
         world.nodes[nid]["unstable_root"] = 0
@@ -176,6 +178,8 @@ def scan_get_next_rmap_item(world: World) -> int:
     """Find the next page of the ring: as `next_in_mm`; 0 also means that a full scan ended, or that the ring is empty."""
     ctl = world.ctl[0]
     if world.mms[0]["ring_next"] == 0:
+        if world.ctl[0]["rules"] == layout.PAGEFOLD:
+            prune_all(world)
         return 0
     if ctl["cursor_mm"] == 0:
         begin_full_scan(world)
@@ -211,7 +215,7 @@ def goes_to_zero_page(world: World, item: int, page: int) -> bool:
 @jit
 def cmp_and_merge_page(world: World, item: int, page: int) -> None:
     """Do with one page what spec section 4 says; we hold a reference on it."""
-    mainline = world.ctl[0]["rules"] == layout.MAINLINE
+    mainline = world.ctl[0]["rules"] != layout.CLASSIC
     record = world.rmaps[item]
     checkpoint(world, GAP_PAGE_CHOSEN)
     node = stable_node_of(world, page)

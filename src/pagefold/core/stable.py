@@ -89,7 +89,7 @@ def _placed(world: World, page: int, node: int) -> int:
 @jit
 def _matched(world: World, page: int, waiting: int, place: int, dup: int) -> int:
     """Decide at a content match (spec 5.2 to 5.4): as `_descend`."""
-    mainline = world.ctl[0]["rules"] == layout.MAINLINE
+    mainline = world.ctl[0]["rules"] != layout.CLASSIC
     if mainline and waiting and world.frames[page]["mapcount"] > 1:
         detach(world, waiting)
         hang_beside(world, place, waiting)
