@@ -87,10 +87,21 @@ def _placed(world: World, page: int, node: int) -> int:
 
 
 @jit
+def stays_apart(world: World, page: int, dup: int) -> bool:
+    """Tell whether a waiting KSM page becomes a dup of its equal instead of merging with it.
+
+    Mainline: when several pages map it. A single one that meets a full dup waits for ever there, and for nothing; not so by the pagefold rules.
+    """
+    rules = world.ctl[0]["rules"]
+    shared = rules != layout.CLASSIC and world.frames[page]["mapcount"] > 1
+    return shared or (rules == layout.PAGEFOLD and not has_room(world, dup, 0))
+
+
+@jit
 def _matched(world: World, page: int, waiting: int, place: int, dup: int) -> int:
     """Decide at a content match (spec 5.2 to 5.4): as `_descend`."""
     mainline = world.ctl[0]["rules"] != layout.CLASSIC
-    if mainline and waiting and world.frames[page]["mapcount"] > 1:
+    if waiting and stays_apart(world, page, dup):
         detach(world, waiting)
         hang_beside(world, place, waiting)
         return _placed(world, page, waiting)
