@@ -70,9 +70,9 @@ class Result:
 class _Worker:
     """One bench, and the room for what it finds."""
 
-    def __init__(self, small: SmallWorld, engine: Explored) -> None:
+    def __init__(self, small: SmallWorld, engine: Explored, bug: int) -> None:
         self.engine = engine
-        self.bench = new_bench(small, engine, engine)
+        self.bench = new_bench(small, engine, bug)
         self.tallies = np.zeros(1, tally_dtype)
         self.own = np.zeros(1 << 16, np.uint64)
         words = len(self.bench.image)
@@ -151,11 +151,12 @@ def explore(
     states: int | None = None,
     workers: int = 1,
     engine: Explored = SHIPPED,
+    bug: int = 0,
     show: Callable[[Progress], None] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Result:
     """Explore a small world; stop at `depth` transitions from the first state, or once there are `states`, if given."""
-    return _Search(small, workers, engine, show, clock).run(depth, states)
+    return _Search(small, workers, engine, bug, show, clock).run(depth, states)
 
 
 @dataclass
@@ -163,6 +164,7 @@ class _Search:
     small: SmallWorld
     workers: int
     engine: Explored
+    bug: int
     show: Callable[[Progress], None]
     clock: Callable[[], float]
     transitions: int = 0
@@ -170,7 +172,7 @@ class _Search:
     first_index: int = 0  # of the frontier's first state
 
     def __post_init__(self) -> None:
-        self.benches = [_Worker(self.small, self.engine) for _ in range(self.workers)]
+        self.benches = [_Worker(self.small, self.engine, self.bug) for _ in range(self.workers)]
         self.seen = _Seen(self.engine)
 
     def run(self, depth: int | None, states: int | None) -> Result:

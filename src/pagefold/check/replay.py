@@ -44,10 +44,10 @@ class Stage:
 class Replay:
     """A small world that is led along a path. `engine` shows its present trees and counters."""
 
-    def __init__(self, small: SmallWorld, explored: Explored = SHIPPED) -> None:
+    def __init__(self, small: SmallWorld, explored: Explored = SHIPPED, bug: int = 0) -> None:
         self.small = small
         self.explored = explored
-        self.bench: Any = new_bench(small, explored, explored)
+        self.bench: Any = new_bench(small, explored, bug)
 
     def engine(self) -> Engine:
         """Return the present state as an engine, to be looked at and not to be changed."""
@@ -131,6 +131,10 @@ def _say(code: int, args: Sequence[int]) -> str:
             return f"{who} pins {page}"
         case events.UNPIN:
             return f"frame f{args[0]} is unpinned"
+        case events.LOCK:
+            return f"{who} {page} is locked"
+        case events.UNLOCK:
+            return f"frame f{args[0]} is unlocked"
         case events.SWAP_OUT:
             return f"{who} {page} is swapped out"
         case events.TOUCH:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from itertools import product
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,12 @@ import numpy as np
 from pagefold import settings
 from pagefold.check import bench as shipped
 from pagefold.check import settle
+from pagefold.check.engines import Explored
 from pagefold.core import events, layout
 from pagefold.core.layout import Records
 from pagefold.errors import UsageError
 
-KINDS = ("migrate", "write", "exit", "fork", "unmap", "pin", "offline", "knob", "advise", "swap")
+KINDS = ("migrate", "write", "exit", "fork", "unmap", "pin", "offline", "knob", "advise", "swap", "lock")
 PROMISES = {"no-leak": settle.ASK_NO_LEAK, "converges": settle.ASK_CONVERGES}
 DEFAULT_KINDS = ("migrate", "write", "exit", "fork")
 _FIRST_VPN = 16  # docs/choices.md, 2
@@ -98,6 +98,9 @@ def moves_of(small: SmallWorld, slots: int, frames: int) -> Records:
     if "pin" in kinds:
         rows += [(events.PIN, 1, one) for one in product(mms, pages)]
         rows += [(events.UNPIN, 1, (pfn,)) for pfn in range(1, frames)]
+    if "lock" in kinds:
+        rows += [(events.LOCK, 1, one) for one in product(mms, pages)]
+        rows += [(events.UNLOCK, 1, (pfn,)) for pfn in range(1, frames)]
     if "swap" in kinds:
         rows += [(code, 1, one) for code in (events.SWAP_OUT, events.TOUCH) for one in product(mms, pages)]
     if "offline" in kinds:
@@ -115,13 +118,13 @@ def moves_of(small: SmallWorld, slots: int, frames: int) -> Records:
     return table
 
 
-def first_world(small: SmallWorld, core: Any) -> Any:
-    """Build the first state with a core's own doors: a world whose arrays have just the room that it can ever need."""
+def first_world(small: SmallWorld, engine: Explored) -> Any:
+    """Build the first state with the engine's own doors: a world whose arrays have just the room that it can ever need."""
     slots = 2 * small.mms + 1  # an exited process keeps its slot until the scanner comes by
     pages = small.mms * small.pages
     frames = [small.frames_each] * small.nodes
     swap = pages if "swap" in small.events else 0
-    world = core.arena.new_world(frames, swap, shadow=True, pages=slots * small.pages)
+    world = engine.arena.new_world(frames, swap, shadow=True, pages=slots * small.pages)
     lengths = {
         "vmas": slots * small.pages + 1,
         "mms": slots,
@@ -136,7 +139,7 @@ def first_world(small: SmallWorld, core: Any) -> Any:
     for name in ("merge_across_nodes", "max_page_sharing", "use_zero_pages", "smart_scan"):
         ctl[name] = knobs.get(name, 0)
     ctl["chains_prune_millisecs"] = knobs.get("stable_node_chains_prune_millisecs", 0)
-    execute = core.doors.execute
+    execute = engine.doors.execute
     for _ in range(small.mms):
         mm = execute(world, events.SPAWN, 0, 0, 0, 0)
         execute(world, events.MAP, mm, 0, small.pages, 0)
@@ -166,11 +169,13 @@ def in_one_piece(world: Any) -> tuple[Any, Records]:
     return world, image
 
 
-def new_bench(small: SmallWorld, core: ModuleType, check: ModuleType) -> Any:
-    """Make the bench of one worker, over the shipped core or another, in the world's first state."""
-    world, image = in_one_piece(first_world(small, core))
+def new_bench(small: SmallWorld, engine: Explored, bug: int = 0) -> Any:
+    """Make the bench of one worker, over the shipped engine or one with a planted bug, in the world's first state."""
+    world, image = in_one_piece(first_world(small, engine))
+    if bug:
+        world.ctl[0]["bug"] = bug
     longest = max(len(world.frames), len(world.stables), 2 * len(world.mms) + 2)
-    return check.bench.Bench(
+    return engine.bench.Bench(
         world=world,
         image=image,
         moves=moves_of(small, len(world.mms), len(world.frames)),

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from pagefold.core.compiler import entry, jit
 from pagefold.core.judge_memory import check_frames, check_ring, check_spaces
-from pagefold.core.judge_merger import check_lists, check_order, check_places, check_sharing_limit, check_unstable
+from pagefold.core.judge_merger import check_lists, check_looked_at, check_order, check_places, check_sharing_limit, check_unstable
 from pagefold.core.layout import World
 
 NAMES = (
     *("", "one-place", "order", "red-black", "lists", "counters", "keyhole", "data", "placement", "refuse"),
-    *("frames", "page-tables", "ring"),
+    *("frames", "page-tables", "ring", "unstable"),
 )
 PLACEMENT, REFUSE = 8, 9
 
@@ -41,6 +41,8 @@ def judge(world: World) -> tuple[int, int]:
         broken, where = check_spaces(world)
     if broken == 0:
         broken, where = check_ring(world)
+    if broken == 0:
+        broken, where = check_looked_at(world)
     return broken, where
 
 

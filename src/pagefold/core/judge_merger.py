@@ -9,6 +9,7 @@ from pagefold.core.layout import Records, World
 from pagefold.core.space import find_vma, pte_of
 
 ONE_PLACE, ORDER, RED_BLACK, LISTS, COUNTERS, KEYHOLE = 1, 2, 3, 4, 5, 6  # indices of invariants.NAMES
+UNSTABLE = 13
 
 
 @jit
@@ -133,6 +134,8 @@ def check_places(world: World) -> tuple[int, int]:
         count = tree_is_sound(world.stables, root)
         if count < 0:
             return RED_BLACK, nid
+        if root and nid and world.ctl[0]["merge_across_nodes"]:
+            return ONE_PLACE, root  # no search goes there
         node = rbtree.first_below(world.stables, root) if root else 0
         while node:
             entry_ = world.stables[node]
@@ -216,6 +219,37 @@ def check_unstable(world: World) -> tuple[int, int]:
 
 
 @jit
+def is_of_an_earlier_scan(world: World, item: int) -> bool:
+    """Tell whether an rmap_item says that it is in an unstable tree that is no more."""
+    entry_ = world.rmaps[item]
+    return entry_["flags"] & layout.RMAP_UNSTABLE != 0 and entry_["seqnr"] != world.ctl[0]["generation"] & 0xFF
+
+
+@jit
+def check_looked_at(world: World) -> tuple[int, int]:
+    """Check, between two steps, that no rmap_item the scan has passed still says it is in a tree of an earlier scan.
+
+    Only low bits of the scan's number are kept: 256 scans later such an item would be erased from a tree that it is not in.
+    """
+    ctl = world.ctl[0]
+    if ctl["armed"] or ctl["cursor_mm"] == 0:
+        return 0, 0
+    mm = world.mms[0]["ring_next"]
+    while mm:
+        item = world.mms[mm]["rmap_list"]
+        if mm == ctl["cursor_mm"] and ctl["cursor_rmap"] == 0:
+            return 0, 0
+        while item:
+            if is_of_an_earlier_scan(world, item):
+                return UNSTABLE, item
+            if mm == ctl["cursor_mm"] and item == ctl["cursor_rmap"]:
+                return 0, 0
+            item = world.rmaps[item]["rmap_next"]
+        mm = 0 if mm == ctl["cursor_mm"] else world.mms[mm]["ring_next"]
+    return 0, 0
+
+
+@jit
 def check_lists(world: World) -> tuple[int, int]:
     """Check the rmap lists of stable nodes and of mms, and the counters that follow from them."""
     ctl = world.ctl[0]
@@ -226,6 +260,9 @@ def check_lists(world: World) -> tuple[int, int]:
         dups += 1 if place == layout.IN_CHAIN else 0
         if place in (layout.FREE, layout.CHAIN):
             continue
+        nid = world.frames[world.stables[node]["kpfn"]]["nid"]
+        if not world.nodes[nid]["online"] and ctl["offlining"] != nid + 1:
+            return KEYHOLE, node  # that memory is no longer there to be looked at
         trusted = not world.stables[node]["key"] & layout.KEY_LOOK
         if trusted and world.frames[world.stables[node]["kpfn"]]["mapping"] != node:
             return KEYHOLE, node
