@@ -146,7 +146,7 @@ BUGS = (
     node = 0
 """,
         "no-leak",
-        _world(rules="pagefold", events=("migrate", "fork", "exit"), ignore=()),
+        _world(mms=3, rules="pagefold", inside=0, knobs=(("max_page_sharing", 3),), ignore=("converges",)),
         answers=3,
     ),
     Bug(
@@ -163,7 +163,7 @@ BUGS = (
             continue
 """,
         "one-place",
-        _world(mms=3, contents=2, pages=2, events=("migrate", "write"), inside=1, budget=4),
+        _world(mms=3, contents=2, pages=2, inside=0),
     ),
     Bug(
         "collapsed-chain-used",
@@ -177,7 +177,7 @@ BUGS = (
     return place, held, held_page
 """,
         "one-place",
-        _world(mms=4, rules="mainline", contents=2, events=("write", "exit"), budget=4, inside=1),
+        _world(mms=4, contents=2, events=("write", "exit"), budget=3),
     ),
     Bug(
         "reused-frame-trusted",
@@ -359,7 +359,7 @@ BUGS = (
         unlink(world, mm)
         link_before(world, mm, world.mms[ctl["cursor_mm"]]["ring_next"])
 """,
-        "ring",
+        "counters",
         _world(events=("exit",), budget=1),
     ),
     Bug(

@@ -100,7 +100,7 @@ def moves_of(small: SmallWorld, slots: int, frames: int) -> Records:
         rows += [(events.UNPIN, 1, (pfn,)) for pfn in range(1, frames)]
     if "lock" in kinds:
         rows += [(events.LOCK, 1, one) for one in product(mms, pages)]
-        rows += [(events.UNLOCK, 1, (pfn,)) for pfn in range(1, frames)]
+        rows += [(events.UNLOCK, 0, (pfn,)) for pfn in range(1, frames)]  # inside, it might be the merger's own lock
     if "swap" in kinds:
         rows += [(code, 1, one) for code in (events.SWAP_OUT, events.TOUCH) for one in product(mms, pages)]
     if "offline" in kinds:

@@ -163,10 +163,15 @@ def next_in_vma(world: World, mm: int, vma: int) -> int:
 
 @jit
 def leave_mm(world: World) -> None:
-    """End the mm under the cursor: drop what is left of its items, let it leave the ring if it has no area, go on."""
+    """End the mm under the cursor: drop what is left of its items, let it leave the ring if it has no area, go on.
+
+    Its mmap lock is held until it has left: items look through keyholes, and it must not be advised MERGEABLE meanwhile.
+    """
     ctl = world.ctl[0]
     mm = ctl["cursor_mm"]
+    world.mms[mm]["flags"] |= layout.MM_LOCKED
     remove_trailing_rmap_items(world, mm, ctl["cursor_rmap"])
+    world.mms[mm]["flags"] &= ~layout.MM_LOCKED
     leaves = ctl["cursor_vpn"] == 0
     stand_on(world, world.mms[mm]["ring_next"])
     if leaves:
