@@ -155,7 +155,7 @@ def explore(
     show: Callable[[Progress], None] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Result:
-    """Explore a small world; stop at `depth` transitions from the first state, or once there are `states`, if given."""
+    """Explore a small world, breadth first; stop at `depth` transitions from the first state, or once there are `states`, if given."""
     return _Search(small, workers, engine, bug, show, clock).run(depth, states)
 
 
@@ -176,9 +176,10 @@ class _Search:
         self.seen = _Seen(self.engine)
 
     def run(self, depth: int | None, states: int | None) -> Result:
-        began = self.clock()
         bench = self.benches[0].bench
         image = bench.image.copy()
+        self.benches[0].expand(image[np.newaxis, :], 0, 0, self.seen.table)  # compiles
+        began = self.clock()
         start = np.array([self.engine.expand.print_of(bench)], np.uint64)
         self.seen.add(start, np.zeros(1, np.int64), np.zeros(1, np.uint64))
         self.frontier = image[np.newaxis, :]

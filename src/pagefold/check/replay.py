@@ -55,7 +55,9 @@ class Replay:
         machine = Machine(nodes=self.small.nodes, frames=1, swap=0)
         engine = Engine(machine, "classic" if self.small.rules == "classic" else "mainline")
         engine.set("merge_across_nodes", int(world.ctl[0]["merge_across_nodes"]))
-        machine._arena.world = layout.World(*(array.copy() for array in world))
+        shown = layout.World(*(array.copy() for array in world))
+        shown.contents["hi"] = 0  # leaves the contents' numbers: 1, 2 ...
+        machine._arena.world = shown
         for mm in range(1, int(world.ctl[0]["mms_used"])):
             machine._adopt(mm).alive = bool(world.mms[mm]["flags"] & layout.MM_LIVE)
         return engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any
@@ -17,6 +18,13 @@ from pagefold.core.layout import Records
 from pagefold.errors import UsageError
 
 KINDS = ("migrate", "write", "exit", "fork", "unmap", "pin", "offline", "knob", "advise", "swap", "lock")
+KNOBS = {
+    "merge_across_nodes": "merge_across_nodes",
+    "max_page_sharing": "max_page_sharing",
+    "use_zero_pages": "use_zero_pages",
+    "smart_scan": "smart_scan",
+    "stable_node_chains_prune_millisecs": "chains_prune_millisecs",
+}  # by the names of their fields in the core
 PROMISES = {"no-leak": settle.ASK_NO_LEAK, "converges": settle.ASK_CONVERGES}
 DEFAULT_KINDS = ("migrate", "write", "exit", "fork")
 _FIRST_VPN = 16  # docs/choices.md, 2
@@ -67,6 +75,20 @@ class SmallWorld:
     def frames_each(self) -> int:
         """Frames on each node: if not given, one for every page, and one for a copy that is under way."""
         return self.frames or self.mms * self.pages + 1
+
+
+def parse_knobs(words: Sequence[str], rules: str) -> tuple[tuple[str, int], ...]:
+    """Return knobs as (name, value) from words NAME=VALUE; those that a world has are the ones by which the core merges."""
+    knobs = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise UsageError(f"--knob {word!r} is not NAME=VALUE")
+        knob = settings.find(name, settings.check_rules(rules))
+        if name not in KNOBS:
+            raise UsageError(f"--knob {name} means nothing in a small world; use {', '.join(KNOBS)}")
+        knobs.append((name, settings.parse(knob, value)))
+    return tuple(knobs)
 
 
 def content_value(content: int) -> int:
@@ -136,9 +158,8 @@ def first_world(small: SmallWorld, engine: Explored) -> Any:
     ctl = world.ctl[0]
     ctl["rules"] = layout.RULES[small.rules]
     knobs = {"merge_across_nodes": int(small.nodes == 1), "max_page_sharing": 2, "smart_scan": 0} | dict(small.knobs)
-    for name in ("merge_across_nodes", "max_page_sharing", "use_zero_pages", "smart_scan"):
-        ctl[name] = knobs.get(name, 0)
-    ctl["chains_prune_millisecs"] = knobs.get("stable_node_chains_prune_millisecs", 0)
+    for name, field_ in KNOBS.items():
+        ctl[field_] = knobs.get(name, 0)
     execute = engine.doors.execute
     for _ in range(small.mms):
         mm = execute(world, events.SPAWN, 0, 0, 0, 0)
@@ -195,10 +216,10 @@ def as_options(small: SmallWorld) -> str:
     words = []
     for one in fields(small):
         value = getattr(small, one.name)
-        if value == one.default or (one.name == "knobs" and not value):
+        if value == one.default:
             continue
         if one.name == "knobs":
             words += [f"--knob {name}={setting}" for name, setting in value]
         else:
-            words.append(f"--{one.name} {','.join(value) if one.name == 'events' else value}")
+            words.append(f"--{one.name} {','.join(value) if isinstance(value, tuple) else value}")
     return " ".join(words)

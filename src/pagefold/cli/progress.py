@@ -1,4 +1,4 @@
-"""Own the progress bar of long work: on stderr, and only if that is a terminal."""
+"""Own the progress of long work, a bar or a line: on stderr, and only if that is a terminal."""
 
 from __future__ import annotations
 
@@ -26,3 +26,15 @@ def progress(unit: str) -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+@contextmanager
+def counting(first: str) -> Iterator[Callable[[str], None]]:
+    """Show a line, `first` at first, that changes while the block lasts, for work whose end nobody knows; called with the line."""
+    if not sys.stderr.isatty():
+        yield lambda line: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(first) as status:
+        yield status.update

@@ -47,6 +47,19 @@ def scenario_300_equal_pages_at_max_page_sharing_256(host: Host) -> None:
 
 
 @states(knobs={"max_page_sharing": 2})
+def scenario_empty_chain_is_left_behind(host: Host) -> None:
+    """Though every process that shared its content is gone, a chain stays while nobody searches for that content: `no-leak` does not hold."""
+    four = players(host, 4, 7)
+    players(host, 2, 6)
+    host.scan(2)
+    _exit(*four)
+    host.scan(4)
+    seen = host.observe()
+    assert (seen["stable_node_chains"], seen["stable_node_dups"]) == (1, 0)
+    assert (seen["pages_shared"], seen["pages_sharing"]) == (1, 1)
+
+
+@states(knobs={"max_page_sharing": 2})
 def scenario_chain_left_with_one_dup_collapses(host: Host) -> None:
     """A search that finds one dup only makes it a plain node again, and one that finds none frees the chain; until then it stays."""
     four = players(host, 4, 7)
