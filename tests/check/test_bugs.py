@@ -1,10 +1,11 @@
-"""Find every planted bug: by the invariant it is said to break, in its own small world; and show that without one the copy is the shipped engine."""
+"""Find every planted bug by the invariant it is said to break, in its own small world; without one the copy is the shipped engine."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+
 from pagefold.check.bugs import BUGS, Bug
 from pagefold.check.explore import explore
 from pagefold.check.hunt import hunt, row, table

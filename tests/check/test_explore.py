@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from pagefold.check.explore import Progress, Result, explore
 from pagefold.check.replay import Replay, stages
 from pagefold.check.worlds import SmallWorld
@@ -10,6 +11,7 @@ from pagefold.errors import UsageError
 from tests.conftest import SLOW
 
 compiled = pytest.mark.skipif(SLOW, reason="thousands of states: compiled only")
+OTHERS = ("migrate", "unmap", "pin", "offline", "knob", "advise", "swap", "lock")
 TINY = SmallWorld(mms=2, contents=1, inside=1, budget=1, events=("exit",), ignore=("no-leak", "converges"))
 
 
@@ -31,7 +33,7 @@ def test_a_tiny_world_is_exhausted_compiled_or_not() -> None:
         (SmallWorld(rules="mainline", mms=3, budget=2, ignore=("no-leak", "converges")), (0, 0, 0, True)),
         (SmallWorld(rules="pagefold", mms=3, budget=3), (0, 0, 0, True)),
         (
-            SmallWorld(rules="pagefold", mms=2, contents=1, budget=3, events=("migrate", "unmap", "pin", "offline", "knob", "advise", "swap")),
+            SmallWorld(rules="pagefold", contents=1, budget=3, events=OTHERS),
             (0, 0, 0, True),
         ),
     ],

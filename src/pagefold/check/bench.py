@@ -116,11 +116,11 @@ def with_inside(how: np.uint64, place: int, at: int, number: int) -> np.uint64:
 @jit
 def kind_of(how: np.uint64) -> int:
     """Return MOVE or STEP."""
-    return np.int64(how & _KIND)
+    return int(np.int64(how & _KIND))
 
 
 @jit
 def pair_of(how: np.uint64, place: int) -> tuple[int, int]:
     """Return (checkpoint, move) of a pair; move 0: there is none."""
     bits = how >> np.uint64(4 + 20 * place)
-    return np.int64(bits & np.uint64(0xFF)), np.int64((bits >> np.uint64(8)) & np.uint64(0xFFF))
+    return int(np.int64(bits & np.uint64(0xFF))), int(np.int64((bits >> np.uint64(8)) & np.uint64(0xFFF)))

@@ -1,7 +1,7 @@
 """Own the planted bugs: one changed rule each, where it stands in the core, and the small world in which it is found.
 
-The core that ships has none of this: `planted.py` makes a copy of it in which each change can be switched on. One list of data; split it
-and its order, which is that of the engine's parts, is lost. `python -m pagefold.check.hunt` finds them all and prints the table of docs/checking.md.
+The core that ships has none of this: `planted.py` makes a copy of it in which each change can be switched on. This is one list of data;
+to split it would hide what belongs together. `python -m pagefold.check.hunt` finds them all and prints the table of docs/checking.md.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 from pagefold.check.worlds import SmallWorld
 
-_ONE = SmallWorld(mms=2, pages=1, contents=1, events=("migrate", "write"), inside=1, budget=4, ignore=("no-leak", "converges"))
+_ONE = SmallWorld(
+    mms=2, pages=1, contents=1, events=("migrate", "write"), inside=1, budget=4, ignore=("no-leak", "converges")
+)
 
 
 def _world(**other: object) -> SmallWorld:
     """Return a small world that differs from the usual one of bugs."""
     named = {name: getattr(_ONE, name) for name in SmallWorld.__dataclass_fields__}
-    return SmallWorld(**{**named, **other})  # type: ignore[arg-type]
+    return SmallWorld(**{**named, **other})
 
 
 @dataclass(frozen=True)

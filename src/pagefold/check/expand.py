@@ -158,7 +158,7 @@ def go_deeper(bench: Bench, depth: int, passed: int) -> None:
 @jit
 def moves_left(bench: Bench, image: Records) -> int:
     """Return how many more events the budget allows behind a state."""
-    return bench.budget - np.int64(image[len(image) - 1]) if bench.budget else MOST_INSIDE
+    return bench.budget - int(np.int64(image[len(image) - 1])) if bench.budget else MOST_INSIDE
 
 
 @jit
@@ -224,7 +224,9 @@ def expand_state(
 
 
 @entry
-def expand(bench: Bench, images: Records, last: int, seen: Records, own: Records, found: Found, tallies: Records) -> int:
+def expand(
+    bench: Bench, images: Records, last: int, seen: Records, own: Records, found: Found, tallies: Records
+) -> int:
     """Expand the states from tally.next to `last` (excluded): DONE, or FULL, BROKEN, TOO_SMALL at tally.next.
 
     After FULL, empty `found` (set tally.found to 0; its states stay in `own`), or grow `own`, and call again.

@@ -91,9 +91,7 @@ class _Worker:
         tally = self.tallies[0]
         tally["next"], tally["found"], tally["seen"], tally["transitions"] = first, 0, 0, 0
         while True:
-            status = int(
-                self.engine.expand.expand(self.bench, images, last, seen, self.own, self.room, self.tallies)
-            )
+            status = int(self.engine.expand.expand(self.bench, images, last, seen, self.own, self.room, self.tallies))
             count = int(tally["found"])
             if count:
                 self.found.append(tuple(part[:count].copy() for part in self.room))
@@ -230,7 +228,9 @@ class _Search:
             if status == BROKEN:
                 return self._violation(tally)
             if status != DONE:
-                raise PagefoldError(f"the small world has no room for a move in it (status {status}); this is a defect of pagefold")
+                raise PagefoldError(
+                    f"the small world has no room for a move in it (status {status}); this is a defect of pagefold"
+                )
             for images, parents, hows, prints in worker.found:
                 kept = self.seen.add(prints, parents.astype(np.int64) + self.first_index, hows)
                 if len(kept):

@@ -102,7 +102,7 @@ def add_frame(bench: Bench, so_far: np.uint64, pfn: int, count: int) -> tuple[np
     node = stable_node_of(world, pfn)
     so_far = mix(so_far, 0x1000 + (bench.names[STABLES][node] if node else -frame["mapping"]))
     so_far = mix(so_far, frame["nid"] << 16 | frame["holds"])
-    return mix(so_far, np.int64(world.contents[pfn]["hi"] ^ world.contents[pfn]["lo"])), count
+    return mix(so_far, int(np.int64(world.contents[pfn]["hi"] ^ world.contents[pfn]["lo"]))), count
 
 
 @jit
@@ -139,7 +139,7 @@ def add_item(bench: Bench, so_far: np.uint64, item: int) -> np.uint64:
 @jit
 def lasting_flags(world: World, entry: Records) -> int:
     """Return an entry's flags, but not whether a page that is the process's own may be written: a write there makes it so."""
-    flags = entry["flags"]
+    flags: int = entry["flags"]
     frame = world.frames[entry["pfn"]]
     own = frame["mapcount"] == 1 and frame["mapping"] == 0 and frame["holds"] == 0
     return flags & ~layout.PTE_WRITABLE if own else flags

@@ -1,4 +1,7 @@
-"""Own the hunt for planted bugs: each is looked for in its own small world. `python -m pagefold.check.hunt [NAME ...]` prints the table of docs/checking.md."""
+"""Own the hunt for planted bugs: each is looked for in its own small world.
+
+`python -m pagefold.check.hunt [NAME ...]` prints the table of docs/checking.md.
+"""
 
 from __future__ import annotations
 

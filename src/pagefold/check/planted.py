@@ -1,4 +1,4 @@
-"""Own the engine with planted bugs: a copy of the core and of the explorer in which each change of `bugs.py` can be switched on at run time.
+"""Own the engine with planted bugs: a copy of core and explorer in which each change of `bugs.py` can be switched on at run time.
 
 The copy is written as a package into the folder of compiled code, under a name that says what it was made of. Every changed statement
 becomes "if this bug is switched on: the change, else: as it is"; without one switched on it is the shipped engine, which a test
@@ -28,10 +28,15 @@ _EXPLORER = ("bench", "transitions", "fingerprint", "visited", "settle", "expand
 _KEPT = 3  # copies of other sources that are left where they are
 
 # What the copy needs besides: where the switch is, and the other half of a migration that is done in the wrong order.
-_ADDITIONS = (
-    ("layout.py", '        ("armed", "i4"),', '        ("bug", "i4"),\n        ("late_node", "i4"),\n        ("late_pfn", "i4"),\n        ("armed", "i4"),'),
-    ("checkpoint.py", '    ctl["checkpoints"] += 1\n', '    ctl["checkpoints"] += 1\n    if ctl["late_node"]:\n        world.stables[ctl["late_node"]]["kpfn"] = ctl["late_pfn"]\n        ctl["late_node"] = 0\n'),
-)  # fmt: skip
+_SWITCHES = '        ("bug", "i4"),\n        ("late_node", "i4"),\n        ("late_pfn", "i4"),\n'
+_LATE_HALF = """    if ctl["late_node"]:
+        world.stables[ctl["late_node"]]["kpfn"] = ctl["late_pfn"]
+        ctl["late_node"] = 0
+"""
+_ADDITIONS = {
+    "layout.py": ('        ("armed", "i4"),', _SWITCHES),
+    "checkpoint.py": ('    ctl["checkpoints"] += 1\n', _LATE_HALF),
+}
 
 
 def number_of(name: str) -> int:
@@ -63,10 +68,11 @@ def _with_switches(name: str, source: str) -> str:
             lines += f'{indent}{word} world.ctl[0]["bug"] == {number}:\n{_indented(bug.new.lstrip(chr(10)), 4)}'
         lines += f"{indent}else:\n{_indented(old, 4)}"
         source = source.replace(f"\n{old}", f"\n{lines}")
-    for file, before, after in _ADDITIONS:
-        if file == name:
-            assert source.count(before) == 1, f"{name}: {before}"
-            source = source.replace(before, after)
+    if name in _ADDITIONS:
+        behind, added = _ADDITIONS[name]
+        if source.count(behind) != 1:
+            raise AssertionError(f"{name} does not hold exactly once: {behind}")
+        source = source.replace(behind, added + behind)
     return source
 
 

@@ -69,7 +69,9 @@ class Replay:
             raise UsageError(f"step {how:#x} of the path is not one; use the line that a violation printed")
         numbers = [number for _, number in pairs if number]
         if len(numbers) > max(self.small.inside, 1) or max(numbers, default=0) >= len(self.bench.moves):
-            raise UsageError(f"step {how:#x} of the path has a move that this world does not know; give the world's options, too")
+            raise UsageError(
+                f"step {how:#x} of the path has a move that this world does not know; give the world's options, too"
+            )
         status = int(self.explored.expand.replay(self.bench, np.uint64(how)))
         words = self._move(numbers[0], status) if kind == MOVE else self._step(numbers)
         ctl = self.bench.world.ctl[0]

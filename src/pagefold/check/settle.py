@@ -26,10 +26,10 @@ ASK_CONVERGES = 2
 @jit
 def finish_full_scan(bench: Bench) -> bool:
     """Scan to the end of this full scan; False if that takes more steps than there can be pages."""
-    for _ in range(2 * len(bench.world.rmaps) + 2):
-        if scan_page(bench.world) <= 0:
-            return True
-    return False
+    left = 2 * len(bench.world.rmaps) + 2
+    while left and scan_page(bench.world) > 0:
+        left -= 1
+    return left > 0
 
 
 @jit
@@ -37,10 +37,10 @@ def can_settle(world: World) -> bool:
     """Tell whether full scans can bring all to rest: smart scan leaves nothing out, and nobody holds a page."""
     if world.ctl[0]["smart_scan"]:
         return False
+    held = 0
     for pfn in range(1, len(world.frames)):
-        if world.frames[pfn]["holds"]:
-            return False
-    return True
+        held += world.frames[pfn]["holds"]
+    return held == 0
 
 
 @jit
@@ -77,8 +77,9 @@ def what_leaks(bench: Bench) -> int:
 @jit
 def first_misplaced(world: World) -> int:
     """Return a stable node whose page is on another node than its tree, or that still waits for a place; 0: there is none."""
-    if world.ctl[0]["migrate_head"]:
-        return world.ctl[0]["migrate_head"]
+    waiting: int = world.ctl[0]["migrate_head"]
+    if waiting:
+        return waiting
     for nid in range(swap_nid(world)):
         root = world.nodes[nid]["stable_root"]
         place = rbtree.first_below(world.stables, root) if root else 0

@@ -14,7 +14,7 @@ _NOTHING = np.uint64(0)
 def place_of(table: Records, print_: np.uint64) -> int:
     """Return where a fingerprint is, or where it would be put."""
     last = len(table) - 1
-    place = np.int64(print_ & np.uint64(last))
+    place = int(np.int64(print_ & np.uint64(last)))
     while table[place] != _NOTHING and table[place] != print_:
         place = (place + 1) & last
     return place

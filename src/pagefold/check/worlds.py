@@ -52,10 +52,17 @@ class SmallWorld:
     ignore: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        settings.check_rules(self.rules)
+        rules = settings.check_rules(self.rules)
         limits = {
-            "nodes": (1, 4), "mms": (1, 6), "pages": (1, 8), "contents": (1, 6), "frames": (0, 64), "inside": (0, shipped.MOST_INSIDE), "budget": (0, 100), "within": (1, 20),
-        }  # fmt: skip
+            "nodes": (1, 4),
+            "mms": (1, 6),
+            "pages": (1, 8),
+            "contents": (1, 6),
+            "frames": (0, 64),
+            "inside": (0, shipped.MOST_INSIDE),
+            "budget": (0, 100),
+            "within": (1, 20),
+        }
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
                 raise UsageError(f"{name} {getattr(self, name)} is not possible; use {least} to {most}")
@@ -69,7 +76,7 @@ class SmallWorld:
             if name not in PROMISES:
                 raise UsageError(f"{name!r} cannot be ignored; use some of {','.join(PROMISES)}")
         for name, value in self.knobs:
-            settings.parse(settings.find(name, self.rules), value)
+            settings.parse(settings.find(name, rules), value)
 
     @property
     def frames_each(self) -> int:

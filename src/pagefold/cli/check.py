@@ -28,24 +28,29 @@ def check(
     within: Annotated[int, typer.Option(help="Full scans within which all must have converged.")] = 3,
     knob: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="A knob of the world, by the kernel's name; again for more.", show_default=False),
+        typer.Option(
+            metavar="NAME=VALUE", help="A knob of the world, by the kernel's name; again for more.", show_default=False
+        ),
     ] = None,
     ignore: Annotated[
         str,
-        typer.Option(metavar="PROMISE,...", help="Promises that are not asked for: no-leak, converges.", show_default=False),
+        typer.Option(
+            metavar="PROMISE,...", help="Promises that are not asked for: no-leak, converges.", show_default=False
+        ),
     ] = "",
     depth: Annotated[
-        int | None, typer.Option(help="Stop this many transitions from the first state. None: go on.", show_default=False)
+        int | None,
+        typer.Option(help="Stop this many transitions from the first state. None: go on.", show_default=False),
     ] = None,
     states: Annotated[
         int | None, typer.Option(help="Stop when there are this many states. None: go on.", show_default=False)
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Threads. None: one for each CPU.", show_default=False)
-    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads. None: one for each CPU.", show_default=False)] = None,
     replay: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="Do not explore: make this path again, as a violation printed it.", show_default=False),
+        typer.Option(
+            metavar="PATH", help="Do not explore: make this path again, as a violation printed it.", show_default=False
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -55,8 +60,8 @@ def check(
     checkpoints; every event happens between steps, too. An invariant that is broken (exit code 1) is shown with a shortest path to it,
     the trees before and after, and the line that makes it again.
 
-    The kernel's own rules (mainline) break two promises, so give `--ignore no-leak,converges` to look beyond them; classic breaks no-leak; the
-    rules `pagefold` keep all. docs/checking.md says what is modelled and what not.
+    The kernel's own rules (mainline) break two promises, so give `--ignore no-leak,converges` to look beyond them; classic breaks
+    no-leak; the rules `pagefold` keep all. docs/checking.md says what is modelled and what not.
 
     Examples: `pagefold check --rules pagefold --budget 3`, `pagefold check --mms 3 --pages 2 --budget 3 --ignore no-leak,converges`.
     """

@@ -1,8 +1,8 @@
 """Own the one way code is compiled here, and where its compiled form is kept.
 
 Numba's own cache notices a change in the file of a function, not in the files it calls, so the cache folder is
-keyed by a hash of every source of the core, and of the explorer that is compiled over it. `NUMBA_DISABLE_JIT=1` runs the same code uncompiled,
-`NUMBA_BOUNDSCHECK=1` compiles it with bounds checks (into a cache folder of its own).
+keyed by a hash of every source of the core, and of the explorer that is compiled over it. `NUMBA_DISABLE_JIT=1` runs the
+same code uncompiled, `NUMBA_BOUNDSCHECK=1` compiles it with bounds checks (into a cache folder of its own).
 """
 
 from __future__ import annotations

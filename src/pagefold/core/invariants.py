@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from pagefold.core.compiler import entry, jit
 from pagefold.core.judge_memory import check_frames, check_ring, check_spaces
-from pagefold.core.judge_merger import check_lists, check_looked_at, check_order, check_places, check_sharing_limit, check_unstable
+from pagefold.core.judge_merger import (
+    check_lists,
+    check_looked_at,
+    check_order,
+    check_places,
+    check_sharing_limit,
+    check_unstable,
+)
 from pagefold.core.layout import World
 
 NAMES = (

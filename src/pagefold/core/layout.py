@@ -109,7 +109,7 @@ ctl = np.dtype(
         ("schedule_next", "i4"),
         ("schedule_used", "i4"),
         ("checkpoints", "i8"),  # passed since armed
-        ("broken", "i4"),  # while JUDGED: the first invariant that an event found broken, as `invariants.check` returns it
+        ("broken", "i4"),  # while JUDGED: the first invariant that an event broke, as `invariants.check` returns it
         ("broken_where", "i4"),
     ],
     align=True,

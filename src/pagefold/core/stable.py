@@ -90,7 +90,7 @@ def _placed(world: World, page: int, node: int) -> int:
 def stays_apart(world: World, page: int, dup: int) -> bool:
     """Tell whether a waiting KSM page becomes a dup of its equal instead of merging with it.
 
-    Mainline: when several pages map it. A single one that meets a full dup waits for ever there, and for nothing; not so by the pagefold rules.
+    Mainline: when several pages map it. There a single one that meets a full dup waits for ever; not so by the pagefold rules.
     """
     rules = world.ctl[0]["rules"]
     shared = rules != layout.CLASSIC and world.frames[page]["mapcount"] > 1

@@ -1,4 +1,4 @@
-"""Own how an exploration is shown: what was explored, and for a broken invariant the path to it, the trees, and the line that makes it again."""
+"""Own how an exploration is shown: what was explored; for a broken invariant the path, the trees, and the line that makes it again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,11 @@ def print_result(result: Result, *, as_json: bool) -> None:
     story = tell(result.world, violation.path) if violation else None
     if as_json:
         path = list(violation.path) if violation else []
-        print(json.dumps({"format": 1, **_summary(result), "violation": story and _as_json(result.world, path, story)}, indent=2))
+        print(
+            json.dumps(
+                {"format": 1, **_summary(result), "violation": story and _as_json(result.world, path, story)}, indent=2
+            )
+        )
         return
     for line in _summary_lines(result):
         print(line)

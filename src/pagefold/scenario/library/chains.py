@@ -48,7 +48,7 @@ def scenario_300_equal_pages_at_max_page_sharing_256(host: Host) -> None:
 
 @states(knobs={"max_page_sharing": 2})
 def scenario_empty_chain_is_left_behind(host: Host) -> None:
-    """Though every process that shared its content is gone, a chain stays while nobody searches for that content: `no-leak` does not hold."""
+    """When all who shared its content are gone, a chain stays while nobody searches for that content: `no-leak` does not hold."""
     four = players(host, 4, 7)
     players(host, 2, 6)
     host.scan(2)
