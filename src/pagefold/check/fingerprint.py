@@ -139,10 +139,10 @@ def add_item(bench: Bench, so_far: np.uint64, item: int) -> np.uint64:
 @jit
 def lasting_flags(world: World, entry: Records) -> int:
     """Return an entry's flags, but not whether a page that is the process's own may be written: a write there makes it so."""
-    flags: int = entry["flags"]
     frame = world.frames[entry["pfn"]]
     own = frame["mapcount"] == 1 and frame["mapping"] == 0 and frame["holds"] == 0
-    return flags & ~layout.PTE_WRITABLE if own else flags
+    lasting: int = entry["flags"] & ~layout.PTE_WRITABLE if own else entry["flags"]
+    return lasting
 
 
 @jit
