@@ -141,8 +141,7 @@ def lasting_flags(world: World, entry: Records) -> int:
     """Return an entry's flags, but not whether a page that is the process's own may be written: a write there makes it so."""
     frame = world.frames[entry["pfn"]]
     own = frame["mapcount"] == 1 and frame["mapping"] == 0 and frame["holds"] == 0
-    lasting: int = entry["flags"] & ~layout.PTE_WRITABLE if own else entry["flags"]
-    return lasting
+    return int(entry["flags"] & ~layout.PTE_WRITABLE if own else entry["flags"])
 
 
 @jit
