@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,13 @@ DOCS = Path(__file__).parents[2] / "docs" / "checking.md"
 compiled = pytest.mark.skipif(SLOW, reason="thousands of states: compiled only")
 
 
+hunted = cache(hunt)
+
+
 @compiled
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_the_bug_is_found(bug: Bug) -> None:
-    result = hunt(bug)
+    result = hunted(bug)
     assert result.violation is not None
     assert result.violation.invariant == bug.invariant
     assert row(bug, result) in DOCS.read_text().splitlines(), "`python -m pagefold.check.hunt` prints the table"
@@ -37,7 +41,7 @@ def test_the_bug_is_found(bug: Bug) -> None:
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_the_same_world_is_clean_without_it(bug: Bug) -> None:
     """To the distance at which the bug is found, and a little further: what was found is the bug."""
-    found = hunt(bug)
+    found = hunted(bug)
     assert found.violation is not None
     clean = explore(bug.world, depth=len(found.violation.path) + 1, states=2 * found.states)
     assert clean.violation is None
