@@ -69,7 +69,7 @@ def fill(machine: Machine) -> None:
 
 Act = Callable[[Engine], Any]
 REFUSALS: dict[str, tuple[Act, type[PagefoldError], str]] = {
-    "rules": (lambda e: Engine(e.machine, "modern"), UsageError, "'modern' .* use classic or mainline"),
+    "rules": (lambda e: Engine(e.machine, "modern"), UsageError, "'modern' .* use one of classic, mainline, pagefold"),
     "a knob": (lambda e: e.set("speed", 1), UnknownKnob, "'speed'; the knobs are run, pages_to_scan"),
     "a knob at once": (lambda e: Engine(e.machine, speed=1), UnknownKnob, "'speed'; the knobs are run"),
     "a name": (lambda e: e.get("speed"), UnknownKnob, "no knob or counter 'speed'"),

@@ -14,6 +14,7 @@ from pagefold.core.judge_merger import (
     check_order,
     check_places,
     check_sharing_limit,
+    check_trusted_keys,
     check_unstable,
 )
 from pagefold.core.layout import World
@@ -46,6 +47,8 @@ def judge(world: World) -> tuple[int, int]:
         broken, where = check_frames(world)
     if broken == 0:
         broken, where = check_spaces(world)
+    if broken == 0:
+        broken, where = check_trusted_keys(world)
     if broken == 0:
         broken, where = check_ring(world)
     if broken == 0:

@@ -201,7 +201,7 @@ def key_is_true(world: World, item: int) -> bool:
 
 @jit
 def check_unstable(world: World) -> tuple[int, int]:
-    """Check the shape (not the order) of the unstable trees, that exactly this scan's items are in them, and keys that are trusted."""
+    """Check the shape (not the order) of the unstable trees, and that exactly this scan's items are in them."""
     ctl = world.ctl[0]
     inside = 0
     for nid in range(swap_nid(world)):
@@ -213,9 +213,21 @@ def check_unstable(world: World) -> tuple[int, int]:
         entry_ = world.rmaps[item]
         if entry_["mm"] and entry_["flags"] & layout.RMAP_UNSTABLE and entry_["seqnr"] == ctl["generation"] & 0xFF:
             inside -= 1
-            if not ctl["trees_changed"] and not key_is_true(world, item):
-                return KEYHOLE, item
     return (RED_BLACK if inside else 0), 0
+
+
+@jit
+def check_trusted_keys(world: World) -> tuple[int, int]:
+    """Check that keys in the unstable trees are true as long as the merger trusts them; page tables must be sound."""
+    ctl = world.ctl[0]
+    if ctl["trees_changed"]:
+        return 0, 0
+    for item in range(1, ctl["rmaps_used"]):
+        entry_ = world.rmaps[item]
+        if entry_["mm"] and entry_["flags"] & layout.RMAP_UNSTABLE and entry_["seqnr"] == ctl["generation"] & 0xFF:
+            if not key_is_true(world, item):
+                return KEYHOLE, item
+    return 0, 0
 
 
 @jit
