@@ -35,12 +35,12 @@ def change(page):
 """
 PREDICTION = {
     *("merge_across_nodes", "use_zero_pages", "max_page_sharing"),
-    *("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile", "ksm_zero_pages"),
+    *("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile", "ksm_zero_pages", "split_zero_pages"),
     *("stable_node_chains", "stable_node_dups"),
     *("general_profit", "saved_bytes", "metadata_bytes", "processes"),
 }
 PROCESS = {
-    *("label", "pid", "pages", "ksm_rmap_items", "ksm_merging_pages", "ksm_zero_pages"),
+    *("label", "pid", "pages", "ksm_rmap_items", "ksm_merging_pages", "ksm_zero_pages", "split_zero_pages"),
     *("pages_unshared", "pages_volatile", "ksm_process_profit"),
 }
 SOURCE = {

@@ -122,6 +122,14 @@ def real_table(crew: list[Worker]) -> None:
         worker.do("cities")
 
 
+def huge_pages(crew: list[Worker]) -> None:
+    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("transparent huge pages are off (/sys/kernel/mm/transparent_hugepage/enabled)")
+    crew[0].do("huge", [[1, 2, 3], [4]])
+    crew[1].do("huge", [[1, 2, 9]])
+    crew[2].do("fill", [5, 6, 6, 3, 0])
+
+
 @dataclass
 class Case:
     """Memory to set up, with knobs."""
@@ -145,6 +153,8 @@ CASES = [
     Case(many_equal, {"max_page_sharing": 3}),
     Case(forks_over_the_limit, {"max_page_sharing": 2}),
     Case(forks_over_the_limit, {"max_page_sharing": 3, "use_zero_pages": 1}),
+    Case(huge_pages),
+    Case(huge_pages, {"use_zero_pages": 1}),
     Case(real_table),
 ]
 
@@ -172,6 +182,8 @@ def test_ksmd_reaches_what_was_planned(case: Case) -> None:
         ksm.set("run", 1)
         reached = ksm.settle(COMPARED)
         ksm.set("run", 2)
+    if case.prepare is huge_pages:
+        assert planned.split_zero_pages > 1000, "the worker had no huge pages"
     assert reached == {name: getattr(planned, name) for name in COMPARED}
     assert planned.pages_shared + planned.ksm_zero_pages > 0 or case.prepare is forks_alone
 

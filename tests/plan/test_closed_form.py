@@ -94,19 +94,19 @@ def assert_parts(whole: Prediction, pages: int) -> None:
 
     assert total("pages") == pages
     assert total("ksm_merging_pages") == whole.pages_shared + whole.pages_sharing
-    for name in ("pages_unshared", "pages_volatile", "ksm_zero_pages"):
+    for name in ("pages_unshared", "pages_volatile", "ksm_zero_pages", "split_zero_pages"):
         assert total(name) == getattr(whole, name)
-    assert total("ksm_rmap_items") == pages - whole.ksm_zero_pages
+    assert total("ksm_rmap_items") == pages - whole.ksm_zero_pages - whole.split_zero_pages
     for one in (*whole.processes, whole):
         merged = one.ksm_merging_pages if one is not whole else whole.pages_shared + whole.pages_sharing
-        parts = (merged, one.ksm_zero_pages, one.pages_unshared, one.pages_volatile)
+        parts = (merged, one.ksm_zero_pages, one.split_zero_pages, one.pages_unshared, one.pages_volatile)
         assert min(parts) >= 0
         assert sum(parts) == (one.pages if one is not whole else pages)
     assert total("ksm_process_profit") == whole.general_profit + whole.pages_shared * PAGE
     chained = whole.stable_node_chains
     assert whole.metadata_bytes == 64 * (total("ksm_rmap_items") + whole.pages_shared + chained)
     assert 2 * chained <= whole.stable_node_dups <= whole.pages_shared
-    assert 0 <= whole.saved_bytes <= (whole.pages_sharing + whole.ksm_zero_pages) * PAGE
+    assert 0 <= whole.saved_bytes <= (whole.pages_sharing + whole.ksm_zero_pages + whole.split_zero_pages) * PAGE
 
 
 @given(tables(), knobs)

@@ -112,6 +112,32 @@ def test_a_process_that_maps_the_zero_page_is_looked_at_no_more() -> None:
     assert answer.general_profit == 4 * PAGE - 2 * 64
 
 
+HUGE = 512 * PAGE
+
+
+def test_zeroes_in_a_huge_page_go_when_it_is_split() -> None:
+    split = [Page(A, 1, huge=True, address=HUGE), Page(0, 2, huge=True, address=HUGE + PAGE)]
+    split.append(Page(0, 3, huge=True, volatile=True, address=HUGE + 2 * PAGE))
+    whole = [Page(B, 4, huge=True, address=2 * HUGE), Page(0, 5, huge=True, address=2 * HUGE + PAGE)]
+    pages = table(split, [Page(A, 6)], [Page(B, 7)])
+    assert pages.huge_page.tolist() == [0, 0, 0, -1, -1]
+    answer = predict(pages)
+    assert counts(answer) == (1, 1, 1, 1)
+    assert (answer.split_zero_pages, answer.ksm_zero_pages, answer.saved_bytes) == (1, 0, 2 * PAGE)
+    assert [one.split_zero_pages for one in answer.processes] == [1, 0, 0]
+    assert predict(pages, splits_drop_zeroes=False).split_zero_pages == 0
+    pages = table(split, [Page(A, 6), *whole])
+    assert pages.huge_page.tolist() == [0, 0, 0, -1, 4, 4]
+    # The two of zeroes are equal: both of their huge pages are split, and no KSM page is left of them.
+    assert counts(predict(pages)) == (1, 1, 1, 1)
+    assert predict(pages).split_zero_pages == 2
+    assert predict(pages, splits_drop_zeroes=False).pages_shared == 2
+    with_zero_pages = predict(pages, use_zero_pages=1)
+    assert (with_zero_pages.ksm_zero_pages, with_zero_pages.split_zero_pages) == (0, 2)
+    # A huge page in which nothing merges stays as it is.
+    assert predict(table(whole, [Page(A, 6)])).split_zero_pages == 0
+
+
 def test_hidden_frames_are_told_by_address_and_content() -> None:
     other_address = HIDDEN._replace(address=9 * PAGE)
     other_content = HIDDEN._replace(content=B)

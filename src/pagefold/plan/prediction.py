@@ -3,6 +3,9 @@
 Why no scan is needed: pages of different content never meet, so the outcome is decided content by content (and, with
 merge_across_nodes 0, node by node). Within one content only three things matter: how many pages there are, how many frames
 they are on (pages that fork left on one frame cannot found a KSM page among themselves), and `max_page_sharing`.
+
+One thing crosses contents: to merge a page of a transparent huge page the kernel splits that, and since Linux 6.12 every page of zeroes in
+it then maps the zero page, merged or not (measured; no counter of KSM tells).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ class PageState(IntEnum):
     MERGED = 2  # maps a KSM page
     ZERO = 3  # maps the zero page (use_zero_pages)
     FORKED = 4  # shares the frame of an UNSHARED page; the kernel counts it as volatile
+    DROPPED = 5  # zeroes in a huge page that is split: maps the zero page, and KSM does not know
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class ProcessPrediction:
     ksm_rmap_items: int
     ksm_merging_pages: int
     ksm_zero_pages: int
+    split_zero_pages: int
     pages_unshared: int
     pages_volatile: int
     ksm_process_profit: int  # bytes
@@ -56,6 +61,7 @@ class Prediction:
     pages_unshared: int
     pages_volatile: int
     ksm_zero_pages: int
+    split_zero_pages: int
     stable_node_chains: int
     stable_node_dups: int
     general_profit: int  # as the kernel counts it: mappings saved, less rmap_items
@@ -76,15 +82,23 @@ class _Outcome:
 
 
 def predict(
-    table: PageTable, *, merge_across_nodes: int = 1, use_zero_pages: int = 0, max_page_sharing: int = 256
+    table: PageTable,
+    *,
+    merge_across_nodes: int = 1,
+    use_zero_pages: int = 0,
+    max_page_sharing: int = 256,
+    splits_drop_zeroes: bool = True,
 ) -> Prediction:
-    """Predict the settled counters; O(pages x log pages)."""
-    outcome = _settle(table, bool(merge_across_nodes), bool(use_zero_pages), max_page_sharing)
+    """Predict the settled counters; O(pages x log pages). `splits_drop_zeroes` is how Linux 6.12 and later split huge pages."""
+    outcome = _settle(table, bool(merge_across_nodes), bool(use_zero_pages), max_page_sharing, np.zeros(0, np.intp))
+    if splits_drop_zeroes and len(dropped := _dropped(table, outcome.state)):
+        outcome = _settle(table, bool(merge_across_nodes), bool(use_zero_pages), max_page_sharing, dropped)
     state = outcome.state
     merged = int((state == PageState.MERGED).sum())
     zero = int((state == PageState.ZERO).sum())
     sharing = merged - outcome.stable_nodes
-    items = (len(table) - zero) * RMAP_ITEM_BYTES  # what maps the zero page is not looked at any more
+    split = int((state == PageState.DROPPED).sum())
+    items = (len(table) - zero - split) * RMAP_ITEM_BYTES  # what maps the zero page is not looked at any more
     return Prediction(
         merge_across_nodes=merge_across_nodes,
         use_zero_pages=use_zero_pages,
@@ -94,6 +108,7 @@ def predict(
         pages_unshared=int((state == PageState.UNSHARED).sum()),
         pages_volatile=int(_counts_as_volatile(state).sum()),
         ksm_zero_pages=zero,
+        split_zero_pages=split,
         stable_node_chains=outcome.chains,
         stable_node_dups=outcome.dups,
         general_profit=(sharing + zero) * table.page_size - items,
@@ -113,26 +128,51 @@ def _part(table: PageTable, state: NDArray[np.uint8], index: int) -> ProcessPred
     """Sum up one source."""
     own = state[table.source == index]
     merging, zero = int((own == PageState.MERGED).sum()), int((own == PageState.ZERO).sum())
+    split = int((own == PageState.DROPPED).sum())
+    items = len(own) - zero - split
     return ProcessPrediction(
         label=table.sources[index].label,
         pid=table.sources[index].pid,
         pages=len(own),
-        ksm_rmap_items=len(own) - zero,
+        ksm_rmap_items=items,
         ksm_merging_pages=merging,
         ksm_zero_pages=zero,
+        split_zero_pages=split,
         pages_unshared=int((own == PageState.UNSHARED).sum()),
         pages_volatile=int(_counts_as_volatile(own).sum()),
-        ksm_process_profit=(merging + zero) * table.page_size - (len(own) - zero) * RMAP_ITEM_BYTES,
+        ksm_process_profit=(merging + zero) * table.page_size - items * RMAP_ITEM_BYTES,
     )
 
 
-def _settle(table: PageTable, across: bool, use_zero: bool, limit: int) -> _Outcome:
+def _dropped(table: PageTable, state: NDArray[np.uint8]) -> NDArray[np.intp]:
+    """Return the calm pages of zeroes whose huge page is split because something in it merges.
+
+    A page of zeroes that merges splits its own; the very last of them, which has no partner left, is split too when it
+    meets another of the same huge page.
+    """
+    inside = table.huge_page >= 0
+    moves = inside & ((state == PageState.MERGED) | (state == PageState.ZERO))
+    split = np.zeros(len(table), np.bool_)
+    split[table.huge_page[moves]] = True
+    return np.flatnonzero(inside & split[table.huge_page] & _calm_zeroes(table))
+
+
+def _calm_zeroes(table: PageTable) -> NDArray[np.bool_]:
+    zero: NDArray[np.bool_] = (table.high == 0) & (table.low == 0) & ~table.volatile
+    return zero
+
+
+def _settle(table: PageTable, across: bool, use_zero: bool, limit: int, dropped: NDArray[np.intp]) -> _Outcome:
     """Decide every page's state."""
     state = np.full(len(table), PageState.VOLATILE, np.uint8)
-    zero = (table.high == 0) & (table.low == 0) & ~table.volatile
+    calm_mask = ~table.volatile
     if use_zero:
+        zero = _calm_zeroes(table)
         state[zero] = PageState.ZERO
-    calm = np.flatnonzero(~table.volatile & ~zero if use_zero else ~table.volatile)
+        calm_mask &= ~zero
+    state[dropped] = PageState.DROPPED
+    calm_mask[dropped] = False
+    calm = np.flatnonzero(calm_mask)
     if not len(calm):
         return _Outcome(state, 0, 0, 0, _frames_left(table, state))
 
@@ -166,7 +206,7 @@ def _settle(table: PageTable, across: bool, use_zero: bool, limit: int) -> _Outc
 
 def _frames_left(table: PageTable, state: NDArray[np.uint8]) -> int:
     """Count the frames that every page leaves; one that fork left to several stays in use while any of them keeps it."""
-    moves = (state == PageState.MERGED) | (state == PageState.ZERO)
+    moves = (state == PageState.MERGED) | (state == PageState.ZERO) | (state == PageState.DROPPED)
     left = np.zeros(len(table), np.bool_)
     left[table.frame[moves]] = True
     left[table.frame[~moves | table.outside]] = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,11 +44,19 @@ def make_report(
     *,
     interval: float = 0.0,
     advised_only: bool = False,
+    kernel: str | None = None,
 ) -> Report:
-    """Predict all four settings from one reading."""
+    """Predict all four settings from one reading; `kernel` is the release that will merge, by default this machine's."""
+    drops = _splits_drop_zeroes(kernel or platform.release())
     table = PageTable.of(sources)
     predictions = tuple(
-        predict(table, merge_across_nodes=across, use_zero_pages=zero, max_page_sharing=max_page_sharing)
+        predict(
+            table,
+            merge_across_nodes=across,
+            use_zero_pages=zero,
+            max_page_sharing=max_page_sharing,
+            splits_drop_zeroes=drops,
+        )
         for across in (1, 0)
         for zero in (0, 1)
     )
@@ -56,6 +66,12 @@ def make_report(
     return Report(
         table.page_size, max_page_sharing, tuple(sources), predictions, tuple(skipped), notes, interval, advised_only
     )
+
+
+def _splits_drop_zeroes(release: str) -> bool:
+    """Tell whether a kernel maps the zero page for pages of zeroes when it splits a huge page: Linux 6.12 and later."""
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    return numbers is None or (int(numbers[1]), int(numbers[2])) >= (6, 12)
 
 
 def _notes(table: PageTable) -> tuple[str, ...]:

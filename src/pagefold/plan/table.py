@@ -27,6 +27,9 @@ class PageTable:
     outside: NDArray[
         np.bool_
     ]  # the frame is mapped by a process that is not in the table, and stays when this page leaves it
+    huge_page: NDArray[
+        np.int64
+    ]  # a name: index of the first page that is in the same transparent huge page; -1: in none
     page_size: int
 
     def __len__(self) -> int:
@@ -51,6 +54,7 @@ class PageTable:
             frame=frame,
             volatile=_joined([pages.volatile for pages in sources], np.bool_),
             outside=_joined(shared, np.bool_) & alone,
+            huge_page=_huge_page_names(sources),
             page_size=sizes.pop() if sizes else 4096,
         )
 
@@ -58,6 +62,21 @@ class PageTable:
 def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
     """Concatenate, also nothing."""
     return np.concatenate([*parts, np.zeros(0, dtype)]) if parts else np.zeros(0, dtype)
+
+
+def _huge_page_names(sources: Sequence[Pages]) -> NDArray[np.int64]:
+    """Name each page's transparent huge page, source by source: a last-level page table maps as much as one entry above it."""
+    names = [np.zeros(0, np.int64)]
+    position = 0
+    for pages in sources:
+        name = np.full(len(pages), -1, np.int64)
+        members = np.flatnonzero(pages.huge)
+        block = pages.address[members] // (pages.page_size * (pages.page_size // 8))
+        first = np.flatnonzero(np.append(True, block[1:] != block[:-1])[: len(block)])
+        name[members] = np.repeat(members[first] + position, np.diff(np.append(first, len(members))))
+        names.append(name)
+        position += len(pages)
+    return np.concatenate(names)
 
 
 def _frame_names(sources: Sequence[Pages]) -> NDArray[np.int64]:

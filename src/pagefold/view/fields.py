@@ -25,6 +25,11 @@ FIELDS: dict[str, Field] = {
         Field("pages_unshared", "pages", "looked at again and again, but no equal was found"),
         Field("pages_volatile", "pages", "changed between two looks, or shared by fork only"),
         Field("ksm_zero_pages", "pages", "pages of zeroes that map the zero page instead"),
+        Field(
+            "split_zero_pages",
+            "pages",
+            "pages of zeroes in huge pages that merging splits: they map the zero page then",
+        ),
         Field("stable_node_chains", "count", "contents with more mappings than max_page_sharing"),
         Field("stable_node_dups", "count", "KSM pages that hang on those"),
         Field("saved_bytes", "bytes", "memory that merging frees"),

@@ -72,6 +72,11 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(
             f"Pages full of zeroes: {zero.ksm_zero_pages:,}; with use_zero_pages 1 merging would save {size(zero.saved_bytes)} in all."
         )
+    if across.split_zero_pages:
+        console.print(
+            f"Pages full of zeroes in huge pages that merging would split: {across.split_zero_pages:,}; "
+            "the kernel frees them then, and counts them nowhere."
+        )
     for note in report.notes:
         console.print(f"Note: {note}.", highlight=False)
 
