@@ -68,6 +68,10 @@ if __name__ == "__main__":
 PAGE = """<!DOCTYPE html><title>table</title><body><table id=t></table><script>
 for (let row = 0; row < 3000; row++) document.getElementById("t").insertRow().innerHTML = `<td>${row}<td>${row * row}<td>cell`;
 </script>"""
+TICKS = """<script>
+let ticks = 0;
+setInterval(() => document.getElementById("t").rows[ticks++ % 100].cells[2].textContent = Date.now(), 50);
+</script>"""
 
 
 @dataclass
@@ -210,7 +214,8 @@ def redis(crew: Crew) -> None:
     """Start two Redis servers with the same 200,000 keys."""
     for number in range(2):
         socket = str(crew.folder / f"redis{number}")
-        crew.start("redis-server", "--port", "0", "--unixsocket", socket, "--save", "", talks=False)
+        settings = ("--port", "0", "--unixsocket", socket, "--save", "", "--enable-debug-command", "yes")
+        crew.start("redis-server", *settings, talks=False)
         for _ in range(200):
             if Path(socket).exists():
                 break
@@ -219,27 +224,29 @@ def redis(crew: Crew) -> None:
         assert "OK" in subprocess.run(load, capture_output=True, text=True, check=True).stdout
 
 
-def browser(crew: Crew) -> None:
-    """Start a browser without a screen that shows three pages of a table."""
-    pages = []
-    for number in range(3):
-        page = crew.folder / f"page{number}.html"
-        page.write_text(PAGE)
-        pages.append(page.as_uri())
+def browser(crew: Crew, more: str = "") -> None:
+    """Start two browsers without a screen that show the same page."""
     program = browser_program()
     assert program is not None
-    crew.start(
-        *(program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0"),
-        *(f"--user-data-dir={crew.folder / 'profile'}", *pages),
-        talks=False,
-    )
-    for _ in range(400):
-        if (crew.folder / "profile" / "DevToolsActivePort").exists():
-            break
-        time.sleep(0.1)
-    else:
-        raise PagefoldError(f"{program} did not start")
-    time.sleep(10)
+    page = crew.folder / "page.html"
+    page.write_text(PAGE + more)
+    profiles = [crew.folder / f"profile{number}" for number in range(2)]
+    for profile in profiles:
+        options = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0")
+        crew.start(program, *options, f"--user-data-dir={profile}", page.as_uri(), talks=False)
+    for profile in profiles:
+        for _ in range(400):
+            if (profile / "DevToolsActivePort").exists():
+                break
+            time.sleep(0.1)
+        else:
+            raise PagefoldError(f"{program} did not start")
+    time.sleep(10)  # it draws, and collects its garbage
+
+
+def busy_browser(crew: Crew) -> None:
+    """Start two browsers whose page changes all the time."""
+    browser(crew, TICKS)
 
 
 def postgres_tools() -> Path | None:
@@ -260,7 +267,8 @@ SUBJECTS: dict[str, tuple[Callable[[Crew], None], Callable[[], object], str]] = 
     "forked": (forked, lambda: True, "a Python process and four forked workers"),
     "postgres": (postgres, postgres_tools, "PostgreSQL, a million rows, eight sessions"),
     "redis": (redis, lambda: shutil.which("redis-server"), "two Redis servers, the same 200,000 keys"),
-    "browser": (browser, browser_program, "a browser with three pages"),
+    "browser": (browser, browser_program, "two browsers, the same page"),
+    "busy-browser": (busy_browser, browser_program, "two browsers, a page that changes 20 times a second"),
 }
 
 
