@@ -63,13 +63,14 @@ def diagnose(state: MachineState, pages: int | None = None) -> tuple[Finding, ..
     return tuple(sorted(found, key=lambda finding: finding.severity))
 
 
-def _write(knob: str, value: object) -> str:
+def write(knob: str, value: object) -> str:
+    """Return the command that writes a knob."""
     return f"echo {value} > {FOLDER}/{knob}"
 
 
-def _rewrite(knob: str, value: object) -> str:
+def rewrite(knob: str, value: object) -> str:
     """Return the command for a knob that can only change while nothing is merged."""
-    return f"{_write('run', 2)} && {_write(knob, value)} && {_write('run', 1)}"
+    return f"{write('run', 2)} && {write(knob, value)} && {write('run', 1)}"
 
 
 def _run(state: MachineState) -> Iterator[Finding]:
@@ -80,10 +81,10 @@ def _run(state: MachineState) -> Iterator[Finding]:
         )
     elif run == 2:
         why = "everything that was merged was taken apart, and ksmd sleeps"
-        yield Finding("run_2", Severity.STOPS, "KSM was told to unmerge (run is 2)", why, _write("run", 1))
+        yield Finding("run_2", Severity.STOPS, "KSM was told to unmerge (run is 2)", why, write("run", 1))
     elif run == 0:
         why = f"ksmd looks at no page; {kept:,} pages that merged earlier stay merged"
-        yield Finding("run_0", Severity.STOPS, "KSM does not run (run is 0)", why, _write("run", 1))
+        yield Finding("run_0", Severity.STOPS, "KSM does not run (run is 0)", why, write("run", 1))
     elif not state.get("full_scans"):
         why = f"a page merges in the second pass at the earliest; {state.get('pages_scanned'):,} looks so far: the counters say little"
         yield Finding("no_full_scan", Severity.NOTE, "ksmd has not finished its first pass", why)
@@ -100,7 +101,7 @@ def _pace(state: MachineState, pages: int | None) -> Iterator[Finding]:
         target = state.get("advisor_target_scan_time", 200)
         most = state.get("advisor_max_pages_to_scan", 30000)
         why = f"it aims at a pass of {target:,} s, with at most {most:,} pages a batch and {state.get('advisor_max_cpu', 70)} % of a CPU"
-        remedy = _write("advisor_target_scan_time", int(WISHED_PASS)) if target > WISHED_PASS else ""
+        remedy = write("advisor_target_scan_time", int(WISHED_PASS)) if target > WISHED_PASS else ""
         severity = Severity.SLOWS if remedy else Severity.NOTE
         yield Finding("advisor_on", severity, f"the advisor rules pages_to_scan ({batch:,} now)", why, remedy)
     elif not batch:
@@ -109,7 +110,7 @@ def _pace(state: MachineState, pages: int | None) -> Iterator[Finding]:
             Severity.STOPS,
             "pages_to_scan is 0",
             "ksmd wakes, and looks at nothing",
-            _write("pages_to_scan", 1000),
+            write("pages_to_scan", 1000),
         )
         return
     if not rest:
@@ -119,7 +120,7 @@ def _pace(state: MachineState, pages: int | None) -> Iterator[Finding]:
             Severity.COSTS,
             words,
             "it takes a whole CPU for as long as it runs",
-            _write("sleep_millisecs", 20),
+            write("sleep_millisecs", 20),
         )
     elif pages and (seconds := pass_seconds(state, pages)) > WISHED_PASS:
         enough = -(-pages * rest // int(WISHED_PASS * 1000))
@@ -127,13 +128,13 @@ def _pace(state: MachineState, pages: int | None) -> Iterator[Finding]:
             f"{batch:,} pages, then a rest of {rest:,} ms: at most {batch * 1000 / rest:,.0f} pages/s, "
             f"and no page merges before its second pass: {_time(MERGING_PASSES * seconds)}"
         )
-        remedy = "" if tuned else _write("pages_to_scan", enough)
+        remedy = "" if tuned else write("pages_to_scan", enough)
         yield Finding(
             "slow_scan", Severity.SLOWS, f"one pass over {pages:,} pages takes {_time(seconds)} or more", why, remedy
         )
         if state.advisor == "none":
             why = f"pages_to_scan stays at {batch:,} however much memory is advised"
-            yield Finding("advisor_off", Severity.NOTE, "the advisor is off", why, _write("advisor_mode", "scan-time"))
+            yield Finding("advisor_off", Severity.NOTE, "the advisor is off", why, write("advisor_mode", "scan-time"))
     if state.get("smart_scan"):
         looks, skipped = state.get("pages_scanned"), state.get("pages_skipped")
         share = f"; since boot {100 * skipped / (looks + skipped):.0f} % of all looks were skipped" if skipped else ""
@@ -141,7 +142,7 @@ def _pace(state: MachineState, pages: int | None) -> Iterator[Finding]:
             "a page that found no equal in its first looks is passed over in 1, later 2, 4, 8 passes between two looks, "
             f"and merges that much later{share}"
         )
-        yield Finding("smart_scan", Severity.SLOWS, "smart scan skips pages", why, _write("smart_scan", 0))
+        yield Finding("smart_scan", Severity.SLOWS, "smart scan skips pages", why, write("smart_scan", 0))
 
 
 def pass_seconds(state: MachineState, pages: int) -> float:
@@ -159,7 +160,7 @@ def _losses(state: MachineState) -> Iterator[Finding]:
             Severity.LOSES,
             f"one copy serves {limit:,} pages at most",
             why,
-            _rewrite("max_page_sharing", min(limit * 16, 2**31 - 1)),
+            rewrite("max_page_sharing", min(limit * 16, 2**31 - 1)),
         )
     elif limit:
         why = f"of {limit * 100:,} equal pages 100 copies stay; no content is held that often now"
@@ -171,7 +172,7 @@ def _losses(state: MachineState) -> Iterator[Finding]:
             Severity.LOSES,
             "equal pages of different nodes stay apart",
             why,
-            _rewrite("merge_across_nodes", 1),
+            rewrite("merge_across_nodes", 1),
         )
 
 
@@ -183,11 +184,11 @@ def _prices(state: MachineState) -> Iterator[Finding]:
             Severity.COSTS,
             "equal pages of different nodes merge",
             why,
-            _rewrite("merge_across_nodes", 0),
+            rewrite("merge_across_nodes", 0),
         )
     if (profit := state.get("general_profit")) < 0:
         why = f"the kernel keeps 64 bytes for each page it looks at: {-profit:,} bytes more than merging frees"
-        yield Finding("no_profit", Severity.COSTS, "merging costs more than it saves now", why, _write("run", 2))
+        yield Finding("no_profit", Severity.COSTS, "merging costs more than it saves now", why, write("run", 2))
     if state.huge == "always":
         why = "merging one page of a huge page splits all of it; the processes then miss the TLB more often"
         remedy = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
@@ -197,9 +198,9 @@ def _prices(state: MachineState) -> Iterator[Finding]:
 def _notes(state: MachineState) -> Iterator[Finding]:
     if state.get("use_zero_pages", 1) == 0:
         why = f"pages of zeroes merge like others: a copy for {state.get('max_page_sharing', 256):,} of them, and 64 bytes each"
-        yield Finding("zero_pages", Severity.NOTE, "use_zero_pages is 0", why, _write("use_zero_pages", 1))
+        yield Finding("zero_pages", Severity.NOTE, "use_zero_pages is 0", why, write("use_zero_pages", 1))
     if sharing := state.get("pages_sharing"):
-        why = f"{sharing:,} mappings more than the {state.get('pages_shared'):,} copies need: {state.get('general_profit'):,} bytes of profit"
+        why = f"{sharing:,} mappings more than the {state.get('pages_shared'):,} copies need; profit {state.get('general_profit'):,} bytes"
         yield Finding("merged", Severity.NOTE, "pages are merged now", why)
 
 

@@ -104,6 +104,13 @@ def predict(
     )
 
 
+def page_states(
+    table: PageTable, *, merge_across_nodes: int = 1, use_zero_pages: int = 0, max_page_sharing: int = 256
+) -> NDArray[np.uint8]:
+    """Predict the settled `PageState` of every page, in the order of the table; O(pages x log pages)."""
+    return _settle(table, bool(merge_across_nodes), bool(use_zero_pages), max_page_sharing).state
+
+
 def _counts_as_volatile(state: NDArray[np.uint8]) -> NDArray[np.bool_]:
     answer: NDArray[np.bool_] = (state == PageState.VOLATILE) | (state == PageState.FORKED)
     return answer
