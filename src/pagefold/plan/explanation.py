@@ -19,11 +19,13 @@ from pagefold.plan.content import decide, frames_freed
 from pagefold.plan.diagnosis import Finding, diagnose
 from pagefold.plan.looks import Looked
 from pagefold.plan.machine_state import MachineState
+from pagefold.plan.misalignment import Misplaced, find_misplaced
 from pagefold.plan.reading import Skipped
 from pagefold.plan.reasons import BESIDE, CODES, Reason, words
 from pagefold.plan.table import PageTable
 from pagefold.sources import Area
 
+_MOST_PLACES = 20
 _SHARED = ("/SYSV", "/dev/shm/", "/dev/zero")
 _NAMES = {code: reason for reason, code in CODES.items()}
 
@@ -84,7 +86,8 @@ def explain(
     sources = [one.pages for one in looked]
     settings = (state.get("merge_across_nodes", 1), state.get("max_page_sharing", 256))
     table, now, advised_all = decide(sources, merge_across_nodes=settings[0], max_page_sharing=settings[1])
-    view = _View(looked, table, state, *settings)
+    now, advised_all, misplaced = _misaligned(looked, now, advised_all)
+    view = _View(looked, table, state, misplaced, *settings)
     ksm = view.joined([_merged(one) for one in looked], np.bool_)
     advised = view.joined([pages.advised for pages in sources], np.bool_)
     code = np.where(advised, now, CODES[Reason.NOT_ADVISED])
@@ -114,8 +117,15 @@ class _View:
     """The table of all listed pages, with what rows are made from."""
 
     def __init__(
-        self, looked: Sequence[Looked], table: PageTable, state: MachineState, across: int, limit: int
+        self,
+        looked: Sequence[Looked],
+        table: PageTable,
+        state: MachineState,
+        misplaced: Misplaced,
+        across: int,
+        limit: int,
     ) -> None:
+        self.misplaced = misplaced
         self.looked, self.table, self.state, self.across, self.limit = looked, table, state, across, limit
         self.area = self.joined([one.area for one in looked], np.int64)
         self.huge = self.joined([one.pages.huge for one in looked], np.bool_)
@@ -132,14 +142,19 @@ class _View:
         """Return the row of the pages that have the code of a reason."""
         chosen = code == CODES[reason]
         details: dict[str, Any] = {}
-        if reason is Reason.MERGED:
+        frees = frames_freed(self.table, chosen, reason, self.across, self.limit)
+        if reason is Reason.MISALIGNED:
+            inside = chosen[self.misplaced.page]
+            frees = int(self.misplaced.frees[inside].sum())
+            details = {"places": self._places(inside)}
+        elif reason is Reason.MERGED:
             details = self._copies(chosen)
         elif reason is Reason.VOLATILE:
             times, pages = np.unique(self.changes[chosen], return_counts=True)
             details = {"changed_in_looks": {int(time): int(count) for time, count in zip(times, pages, strict=True)}}
         return replace(
             _plain(reason, int(chosen.sum()), self.state),
-            frees=frames_freed(self.table, chosen, reason, self.across, self.limit),
+            frees=frees,
             huge=int((chosen & self.huge).sum()),
             locked=int((chosen & self.locked).sum()),
             areas=self._areas(chosen),
@@ -154,6 +169,28 @@ class _View:
             one = self.looked[place // most]
             shares.append(_share(one, one.areas[place % most], count))
         return tuple(sorted(shares, key=lambda share: -share.pages))
+
+    def _places(self, inside: NDArray[np.bool_]) -> list[dict[str, Any]]:
+        """Return the longest runs of misaligned pages: where they are, where their bytes are as well, and how many bytes."""
+        found, size = self.misplaced, self.table.page_size
+        page, to, other = (column[inside] for column in (found.page, found.other_source, found.other_address))
+        source = self.table.source[page]
+        address = self.joined([one.pages.address for one in self.looked], np.int64)[page]
+        new = np.ones(len(page), np.bool_)
+        new[1:] = (np.diff(address) != size) | (np.diff(other) != size) | (np.diff(source) != 0) | (np.diff(to) != 0)
+        starts = np.flatnonzero(new)
+        counts = np.diff(np.append(starts, len(page)))
+        longest = starts[np.argsort(-counts, kind="stable")][:_MOST_PLACES]
+        return [
+            {
+                "pid": self.looked[source[at]].pages.pid,
+                "address": int(address[at]),
+                "other_pid": self.looked[to[at]].pages.pid,
+                "other_address": int(other[at]),
+                "bytes": int(counts[np.searchsorted(starts, at)]) * size,
+            }
+            for at in longest.tolist()
+        ]
 
     def _copies(self, merged: NDArray[np.bool_]) -> dict[str, Any]:
         """Say on how many copies merged pages are, and how many of these pages the fullest has; where frames are known."""
@@ -171,6 +208,19 @@ def _split(view: _View, row: Row, code: NDArray[np.int8], advised_all: NDArray[n
     parts.sort(key=lambda part: -part.pages)
     frees = sum(part.frees for part in parts if part.reason is not Reason.ZERO)
     return replace(row, frees=frees, would=tuple(parts))
+
+
+def _misaligned(
+    looked: Sequence[Looked], now: NDArray[np.int8], advised_all: NDArray[np.int8]
+) -> tuple[NDArray[np.int8], NDArray[np.int8], Misplaced]:
+    """Mark among the pages without an equal those that have one at another offset."""
+    advised = np.concatenate([np.zeros(0, np.bool_), *(one.pages.advised for one in looked)])
+    alone = np.where(advised, now, advised_all) == CODES[Reason.UNIQUE]
+    bounds = np.cumsum([len(one.pages) for one in looked])[:-1]
+    misplaced = find_misplaced(looked, np.split(alone, bounds))
+    now, advised_all = now.copy(), advised_all.copy()
+    now[misplaced.page] = advised_all[misplaced.page] = CODES[Reason.MISALIGNED]
+    return now, advised_all, misplaced
 
 
 def _plain(reason: Reason, pages: int, state: MachineState) -> Row:

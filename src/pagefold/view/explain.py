@@ -77,6 +77,9 @@ def _lines(answer: Explanation) -> Iterator[str]:
         if len(row.areas) > _MOST_AREAS:
             rest = sum(area.pages for area in row.areas[_MOST_AREAS:])
             yield f"    and {size(rest * answer.page_size)} in {len(row.areas) - _MOST_AREAS:,} more areas"
+        yield from _twins(row, answer)
+        for part in row.would:
+            yield from _twins(part, answer)
         if row.frees:
             yield f"    Merging would free {size(row.frees * answer.page_size)}."
         if row.remedy:
@@ -85,6 +88,15 @@ def _lines(answer: Explanation) -> Iterator[str]:
         yield f"Beside the resident set: {_much(row, answer)} {row.text}."
     for note in answer.notes:
         yield f"Note: {note}."
+
+
+def _twins(row: Row, answer: Explanation) -> Iterator[str]:
+    """Yield where misaligned bytes are, and where they are as well."""
+    for place in row.details.get("places", ())[:_MOST_AREAS]:
+        other = f"{place['other_address']:#x} of {place['other_pid']}"
+        yield f"    {size(place['bytes'])} at {place['address']:#x} of {place['pid']} are at {other} as well"
+    if row.reason is Reason.MISALIGNED:
+        yield f"    with equal offsets {size(row.frees * answer.page_size)} could be freed: {row.remedy}"
 
 
 def _much(row: Row, answer: Explanation) -> str:
