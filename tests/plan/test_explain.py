@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tests.conftest import scaled
 from tests.plan.conftest import Specimen
+from tests.plan.tables import source
 
 from pagefold.errors import NoSuchProcess, UsageError
 from pagefold.plan.diagnosis import OPT_IN
@@ -262,6 +263,53 @@ def test_kinds_that_never_merge(specimen: Make, tmp_path: Path) -> None:
     assert found(answer.rows, anonymous) == {Reason.SHARED_MEMORY: 3}
     assert found(answer.rows, memory) == {Reason.MEMFD: 5}
     assert row(answer, Reason.DEVICE).areas[0].name == "[vdso]"
+
+
+FAKE = """
+7f0000000000-7f0000200000 rw-s 00000000 00:0f 1 /anon_hugepage (deleted)
+Rss: 0 kB
+Shared_Hugetlb: 0 kB
+Private_Hugetlb: 2048 kB
+VmFlags: rd wr sh mr mw me ms de ht
+7f0000400000-7f0000404000 rw-s 00000000 00:05 9 /dev/gpu
+Rss: 8 kB
+VmFlags: rd wr sh mr mw me ms pf io de
+7f0000500000-7f0000504000 rw-s 00000000 00:05 9 /dev/snd
+Rss: 12 kB
+VmFlags: rd wr sh mr mw me ms de
+7f0000600000-7f0000604000 rw-p 00000000 00:00 0
+Rss: 16 kB
+Anonymous: 16 kB
+VmFlags: rd wr mr mw me dp
+7f0000700000-7f0000704000 rw-s 00000000 00:01 4 /SYSV00000000 (deleted)
+Rss: 4 kB
+VmFlags: rd wr sh mr mw me ms lo
+7f0000800000-7f0000804000 rw-p 00000000 00:00 0
+Rss: 16 kB
+Anonymous: 16 kB
+VmFlags: rd wr mr mw me mg
+"""
+
+
+@pytest.mark.skipif(PAGE != 4096, reason="the sizes of this text are for pages of 4 KiB")
+def test_kinds_that_few_machines_have() -> None:
+    """From a text as smaps has it: huge-TLB, drivers' frames, devices, droppable memory, System V; and what cannot be read."""
+    nothing = replace(source([]), unreadable=3, zero_mapped=5, swapped=2)
+    looked = Looked(nothing, np.zeros(0, np.int32), tuple(parse_smaps(FAKE)))
+    answer = explain([looked], state())
+    expected = {
+        Reason.PFN_MAPPED: 2,
+        Reason.DEVICE: 3,
+        Reason.OTHER_KIND: 4,
+        Reason.SHARED_MEMORY: 1,
+        Reason.UNREADABLE: 3,
+        Reason.MOVED: 1,
+    }
+    assert {row.reason: row.pages for row in answer.rows} == expected
+    assert sum(expected.values()) == answer.rss
+    assert row(answer, Reason.SHARED_MEMORY).locked == 1
+    beside = {row.reason: row.pages for row in answer.beside}
+    assert beside == {Reason.HUGE_TLB: 512, Reason.ZERO_PAGE: 5, Reason.SWAPPED: 2}
 
 
 def test_huge_pages_are_counted_with_their_reason(specimen: Make) -> None:

@@ -50,7 +50,7 @@ class Row:
     pages: int
     text: str
     remedy: str
-    frees: int = 0  # frames that the remedy would free
+    frees: int = 0  # frames that would be free if these pages merged, with the remedy where that is needed
     huge: int = 0  # of them in transparent huge pages, which merging would split
     locked: int = 0  # of them in areas that mlock keeps in memory: that does not keep them from merging
     areas: tuple[AreaShare, ...] = ()  # the largest part first
@@ -206,7 +206,8 @@ def _split(view: _View, row: Row, code: NDArray[np.int8], advised_all: NDArray[n
     inner = np.where(code == CODES[Reason.NOT_ADVISED], advised_all, -1)
     parts = [view.row(_NAMES[one], inner) for one in np.unique(inner).tolist() if one >= 0]
     parts.sort(key=lambda part: -part.pages)
-    frees = sum(part.frees for part in parts if part.reason is not Reason.ZERO)
+    # What needs more than advice (a setting, another offset) is told with its part only.
+    frees = sum(part.frees for part in parts if part.reason in (Reason.WOULD_MERGE, Reason.OVER_LIMIT))
     return replace(row, frees=frees, would=tuple(parts))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from pagefold.plan.diagnosis import Severity
 from pagefold.plan.explanation import AreaShare, Explanation, Row
 from pagefold.plan.reasons import Reason
 from pagefold.view.doctor import finding_dicts, finding_lines
@@ -54,13 +55,13 @@ def _dict(row: Row, page_size: int) -> dict[str, Any]:
 
 
 def print_explanation(answer: Explanation) -> None:
-    """Print the machine's findings, then the reasons by size, each with its areas and remedy; commands stay on one line."""
+    """Print the machine's findings (notes are in JSON and in `pagefold doctor`), then the reasons by size, each with its areas and remedy; commands stay on one line."""
     for line in _lines(answer):
         print(one_line(line))
 
 
 def _lines(answer: Explanation) -> Iterator[str]:
-    yield from finding_lines(answer.findings)
+    yield from finding_lines([one for one in answer.findings if one.severity < Severity.NOTE])
     names = ", ".join(label for label, _, _ in answer.processes)
     yield f"Of {size(answer.rss * answer.page_size)} ({answer.rss:,} pages) resident in {names}:"
     for row in answer.rows:
