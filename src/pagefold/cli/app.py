@@ -9,6 +9,8 @@ import typer
 from pagefold import __version__
 from pagefold.cli.check import check
 from pagefold.cli.conform import conform
+from pagefold.cli.doctor import doctor
+from pagefold.cli.explain import explain
 from pagefold.cli.explain_design import explain_design
 from pagefold.cli.plan import plan
 from pagefold.cli.run import run
@@ -30,6 +32,8 @@ app.command()(stat)
 app.command("set")(set_knob)
 app.command()(stop)
 app.command()(plan)
+app.command()(explain)
+app.command()(doctor)
 app.command()(conform)
 app.command()(check)
 app.command("explain-design")(explain_design)

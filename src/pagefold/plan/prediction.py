@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pagefold.core.layout import RMAP_ITEM_BYTES
 from pagefold.plan.table import PageTable
 
+_NONE = np.zeros(0, np.intp)
 STABLE_NODE_BYTES = 64  # of the kernel, per KSM page and per chain
 
 
@@ -90,7 +91,7 @@ def predict(
     splits_drop_zeroes: bool = True,
 ) -> Prediction:
     """Predict the settled counters; O(pages x log pages). `splits_drop_zeroes` is how Linux 6.12 and later split huge pages."""
-    outcome = _settle(table, bool(merge_across_nodes), bool(use_zero_pages), max_page_sharing, np.zeros(0, np.intp))
+    outcome = _settle(table, bool(merge_across_nodes), bool(use_zero_pages), max_page_sharing, _NONE)
     if splits_drop_zeroes and len(dropped := _dropped(table, outcome.state)):
         outcome = _settle(table, bool(merge_across_nodes), bool(use_zero_pages), max_page_sharing, dropped)
     state = outcome.state
@@ -117,6 +118,13 @@ def predict(
         metadata_bytes=items + (outcome.stable_nodes + outcome.chains) * STABLE_NODE_BYTES,
         processes=tuple(_part(table, state, index) for index in range(len(table.sources))),
     )
+
+
+def page_states(
+    table: PageTable, *, merge_across_nodes: int = 1, use_zero_pages: int = 0, max_page_sharing: int = 256
+) -> NDArray[np.uint8]:
+    """Predict the settled `PageState` of every page, in the order of the table, as if no huge page were split; O(pages x log pages)."""
+    return _settle(table, bool(merge_across_nodes), bool(use_zero_pages), max_page_sharing, _NONE).state
 
 
 def _counts_as_volatile(state: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -72,18 +72,22 @@ class Reader:
     def read(self, progress: Progress, rest: Callable[[float], None]) -> list[Pages]:
         """Read everything once, and processes again after `rest(interval)`; raise if nothing at all could be read."""
         sources = [pages for path in self.images if (pages := self._image(path, progress)) is not None]
-        first = [
-            (reader, pages) for reader in self.readers if (pages := self._look(reader, None, progress)) is not None
-        ]
+        first = [(reader, pages) for reader in self.readers if (pages := self.look(reader, None, progress)) is not None]
         if first and self.interval:
             progress("waiting for the second look", 0, 1)
             rest(self.interval)
-            again = [(reader, self._look(reader, pages, progress)) for reader, pages in first]
+            again = [(reader, self.look(reader, pages, progress)) for reader, pages in first]
             first = [(reader, pages) for reader, pages in again if pages is not None]
         answer = [pages for _, pages in first] + sources
-        if not answer:  # a permission that is missing is what the user can mend
-            raise next((error for error in self._errors if isinstance(error, NotPermitted)), self._errors[0])
+        if not answer:
+            raise self.refusal() or AssertionError("nothing was read, and nothing refused")
         return answer
+
+    def refusal(self) -> PagefoldError | None:
+        """Return the error to raise when nothing could be read: a permission that is missing is what the user can mend."""
+        return next(
+            (error for error in self._errors if isinstance(error, NotPermitted)), next(iter(self._errors), None)
+        )
 
     def _image(self, path: Path, progress: Progress) -> Pages | None:
         try:
@@ -93,7 +97,8 @@ class Reader:
             self._skip(str(path), error)
             return None
 
-    def _look(self, reader: ProcessReader, before: Pages | None, progress: Progress) -> Pages | None:
+    def look(self, reader: ProcessReader, before: Pages | None, progress: Progress) -> Pages | None:
+        """Take one look at a process, the second where there is one `before`; None, and a line in `skipped`, if it cannot be had."""
         try:
             what = "reading" if before is None else "second look at"
             total = reader.count() if before is None else len(before)

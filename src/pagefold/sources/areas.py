@@ -17,7 +17,7 @@ INCOMPATIBLE = frozenset({"sh", "ms", "pf", "io", "de", "ht", "mm", "dp", "ss"})
 
 _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) [0-9a-f]+ \S+ \d+ *(.*)$")
 _KIB = re.compile(r"^(\w+): +(\d+) kB$")
-_SIZES = frozenset({"Rss", "Anonymous", "AnonHugePages", "Swap", "KSM"})
+_SIZES = frozenset({"Rss", "Anonymous", "AnonHugePages", "Swap", "KSM", "Shared_Hugetlb", "Private_Hugetlb"})
 
 
 @dataclass(frozen=True, slots=True)
