@@ -55,7 +55,10 @@ def _dict(row: Row, page_size: int) -> dict[str, Any]:
 
 
 def print_explanation(answer: Explanation) -> None:
-    """Print the machine's findings (notes are in JSON and in `pagefold doctor`), then the reasons by size, each with its areas and remedy; commands stay on one line."""
+    """Print the machine's findings, then the reasons by size, each with its areas and remedy; commands stay on one line.
+
+    Of the findings, notes are left to JSON and to `pagefold doctor`.
+    """
     for line in _lines(answer):
         print(one_line(line))
 
